@@ -1,0 +1,124 @@
+"""Optimal Coefficient Calibration: how much of the MTP gradient enters the trunk (Wang et al. 2026, arXiv 2605.28184).
+
+θ: the trunk. g = ∇θ J the policy gradient, m = ∇θ J_MTP the gradient of the heads' objective. A step of ascent moves θ by
+η (g + λ m); if J is L-smooth, MTP adds to the guaranteed gain (the paper's decomposition)
+
+    Δ_MTP(λ) = η λ (1 - Lη) c - (L η² λ² / 2) v²        c = <g, m>   first-order correlation
+                                                        v² = ‖m‖²   second-order penalty
+    λ* = (1 - Lη)/(Lη) · c/v²                           the top of this parabola
+
+OCC follows c/v² without computing g or m. With δ = log π_θ - log π_old on the response tokens since the rollout,
+
+    λ_t = λ₊ · <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)           the least-squares coefficient of δ_RL on δ_MTP
+
+One mechanism serves every regime: the heads always learn from their own objective with weight 1, and `scale_grad` at the
+three doors of the trunk (hidden states, embedding rows, unembedding) multiplies what goes on into the trunk by λ.
+
+Dimension key: N tokens or numbers, any shape, flattened
+
+Differs: one ratio of sums over all real response tokens of the minibatch, as in the paper; its released code averages
+per-token ratios, padding included (average="ratios"). λ scales gradients at the doors, not the advantages inside the clip.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Regime(NamedTuple):
+    objective: str | None  # what the heads maximise: "ce" the log-prob of sampled tokens, "policy" the clipped policy objective
+    rule: str  # how λ is set: "cut" 0 · "fixed" --lam · "proxy" from log-probs or hidden states · "exact" from g and m
+
+
+REGIMES = {
+    "off": Regime(None, "cut"),  # no heads at all
+    "detach": Regime("ce", "cut"),
+    "ce": Regime("ce", "fixed"),
+    "policy": Regime("policy", "fixed"),
+    "occ": Regime("policy", "proxy"),
+    "exact": Regime("policy", "exact"),
+}
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lam):
+        ctx.lam = lam
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # A λ of zero lets nothing through, not even 0·inf.
+        return torch.where(ctx.lam == 0, torch.zeros_like(grad), grad * ctx.lam), None
+
+
+def scale_grad(x, lam):
+    """x forward; λ times the gradient backward.
+
+    lam is a number, or a tensor of one element which is read during the backward: it may be filled in after the forward,
+    when log-probs are known. A number 0 cuts the graph.
+    """
+    if isinstance(lam, torch.Tensor):
+        return _ScaleGrad.apply(x, lam)
+    return x.detach() if lam == 0 else x if lam == 1 else _ScaleGrad.apply(x, torch.tensor(float(lam)))
+
+
+def inner(a, b):
+    """<a, b> over all elements of two tensors of one shape, summed in float64."""
+    assert a.shape == b.shape, f"inner product of {tuple(a.shape)} and {tuple(b.shape)}"
+    return (a.detach().double() * b.detach().double()).sum()
+
+
+def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8, average="sums"):
+    """λ_t of the paper from changes of log-probs since the rollout: same tokens, same shape, no padding among them.
+
+    average="sums": λ₊ Σ δ_RL δ_MTP / (Σ δ_MTP² + ε). "ratios": λ₊ mean(δ_RL δ_MTP / (δ_MTP² + ε)), the released code.
+    Right after a rollout every δ is 0, hence λ is. Returns a float64 tensor of one element, any sign.
+    """
+    if average == "sums":
+        return lam_plus * inner(delta_rl, delta_mtp) / (inner(delta_mtp, delta_mtp) + eps)
+    rl, mtp = delta_rl.detach().double(), delta_mtp.detach().double()
+    return lam_plus * (rl * mtp / (mtp.square() + eps)).sum() / max(rl.numel(), 1)
+
+
+def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
+    """λ from the gradients of both objectives with respect to the trunk's hidden states: λ₊ <a, b> / (‖b‖² + ε).
+
+    Not in the paper. Both objectives reach the trunk mostly through these states (the bound of Sener & Koltun 2018,
+    arXiv 1810.04650), and their gradients there cost one backward through the heads, none through the trunk.
+    """
+    return lam_plus * inner(grad_rl, grad_mtp) / (inner(grad_mtp, grad_mtp) + eps)
+
+
+def delta_mtp(lam, c, v2, eta, L):
+    """Δ_MTP(λ): what MTP adds to the guaranteed gain of one step of size eta, for an L-smooth objective."""
+    first_order = eta * lam * (1 - L * eta) * c
+    second_order = L * eta**2 * lam**2 / 2 * v2
+    return first_order - second_order
+
+
+def lam_star(c, v2, eta, L):
+    """The λ that maximises delta_mtp. Its scale (1 - Lη)/(Lη) is not known in practice: λ₊ stands for it."""
+    return (1 - L * eta) / (L * eta) * c / v2
+
+
+def flat_grad(loss, params):
+    """d loss / d params as one flat vector; parameters that the loss does not reach count as 0. The graph is kept."""
+    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads)])
+
+
+def exact_terms(g, m, lam_plus=1.0):
+    """c, v², cos and λ = λ₊ c/v² of two flat gradient vectors, as a dict of numbers. No MTP gradient, no λ: 0."""
+    c, v2, g2 = inner(g, m).item(), inner(m, m).item(), inner(g, g).item()
+    cos = c / (g2 * v2) ** 0.5 if g2 * v2 > 0 else 0.0
+    return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_star": lam_plus * c / v2 if v2 > 0 else 0.0}
+
+
+def split_terms(g_a, m_a, g_b, m_b):
+    """c and v² without the noise that g and m share when they come from the same samples.
+
+    The arguments are the contributions of two halves of a minibatch, g = g_a + g_b. Products across the halves are of
+    independent estimates, so their mean is <E g, E m>; within a half it contains the covariance too.
+    """
+    return {"c_split": 2 * (inner(g_a, m_b) + inner(g_b, m_a)).item(), "v2_split": 4 * inner(m_a, m_b).item()}

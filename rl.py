@@ -1,0 +1,397 @@
+"""Reinforcement learning with verifiable rewards: tokenizer, problems, verifier, rollout, advantages, policy losses.
+
+    r_i = 1 if the answer of sample i equals the gold                  (plus DAPO's overlong penalty, if on)
+    A_i = (r_i - mean of its group) / std of its group                 (GRPO; others in ALGOS)
+    ratio_t = exp(logp_t - logp_old_t)
+    J = sum_t w_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A)        the objective; losses are -J
+
+The problems are six suites of arithmetic. All numbers in them are written least significant digit first and at a fixed
+width, as one computes on paper, from the right (Lee et al. 2023, arXiv 2307.03381): 47 + 85 = 132 is "740+580=####2310".
+Each suite has one place where care is needed, the carry. A careful solution never forgets it; a careless one forgets
+each carry with probability 1/2. A base model pretrained on both has the skill but shows it half of the time; RL, which
+can hardly teach a new skill in minutes, brings it out.
+
+Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · K MTP depth
+"""
+
+import functools
+import hashlib
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Callable, NamedTuple
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+from model import Samples, generate
+
+EOS = "<|endoftext|>"
+ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
+
+
+@functools.cache
+def get_tokenizer(name):
+    """"bytes": one token a byte, offline. "gpt2": tiktoken's own, fetched at first use. Both have eot_token. ValueError else."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256})
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    raise ValueError(f"tokenizer: {name!r} is unknown; allowed: bytes, gpt2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+class Problem(NamedTuple):
+    suite: str
+    prompt: str
+    answer: str
+    solution: str = ""
+
+
+def digit(x, i):
+    return x // 10**i % 10
+
+
+def write(x, n):
+    """The n lowest digits of x, least significant first."""
+    return "".join(str(digit(x, i)) for i in range(n))
+
+
+def columns(column_sum, width, forget):
+    """Column arithmetic: the digits of sum_i column_sum(i)·10^i, lowest first. A carry or borrow is lost when forget()."""
+    digits, carry = "", 0
+    for i in range(width):
+        s = column_sum(i) + (carry if carry and not forget() else 0)
+        digits += str(s % 10)
+        carry = s // 10
+    return digits
+
+
+# A suite is two functions of the difficulty n. draw(rng, n) -> operands; solve(operands, n, forget) -> prompt, working,
+# answer, where forget() is asked at every carry and says whether this one is lost.
+
+
+def draw_pair(rng, n):
+    return rng.randrange(10**n), rng.randrange(10**n)
+
+
+def solve_add(operands, n, forget):
+    a, b = operands
+    return f"{write(a, n)}+{write(b, n)}=", "", columns(lambda i: digit(a, i) + digit(b, i), n + 1, forget)
+
+
+def solve_sub(operands, n, forget):
+    a, b = max(operands), min(operands)
+    return f"{write(a, n)}-{write(b, n)}=", "", columns(lambda i: digit(a, i) - digit(b, i), n, forget)
+
+
+def solve_mul(operands, n, forget):
+    a, b = operands
+    return f"{write(a, n)}*{b}=", "", columns(lambda i: digit(a, i) * b, n + 1, forget)
+
+
+def solve_mod(operands, n, forget):
+    """Horner's rule from the highest digit; the working is the remainder so far, which plays the carry."""
+    a, m = operands
+    r, remainders = 0, ""
+    for i in reversed(range(n)):
+        r = ((10 * r if r and not forget() else 0) + digit(a, i)) % m
+        remainders += str(r)
+    return f"{write(a, n)}%{m}=", remainders[:-1], remainders[-1]
+
+
+def solve_chain(operands, n, forget):
+    """Running sums of one-digit terms; the working is the sums before the last."""
+    total, sums = operands[0], []
+    for term in operands[1:]:
+        sums.append(columns(lambda i: digit(total, i) + (term if i == 0 else 0), 2, forget))
+        total = int(sums[-1][::-1])
+    return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
+
+
+def solve_linear(operands, n, forget):
+    """Solve a·x + b = c for the digit x; the working is c - b."""
+    a, x, b = operands
+    c = a * x + b
+    difference = columns(lambda i: digit(c, i) - digit(b, i), n, forget)
+    return f"{a}x+{write(b, n)}={write(c, n)}:", difference, str(int(difference[::-1]) // a % 10)
+
+
+def draw_linear(rng, n):
+    a, x = rng.randrange(2, 6), rng.randrange(1, 10)
+    return a, x, rng.randrange(10**n - a * x)
+
+
+class Suite(NamedTuple):
+    draw: Callable
+    solve: Callable
+    n: Callable  # difficulty -> digits (terms - 1 for chain)
+
+
+SUITES = {
+    "add": Suite(draw_pair, solve_add, lambda d: d),
+    "sub": Suite(draw_pair, solve_sub, lambda d: d),
+    "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, lambda d: d),
+    "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, lambda d: d),
+    "chain": Suite(lambda rng, n: tuple(rng.randrange(1, 10) for _ in range(n + 1)), solve_chain, lambda d: d),
+    "linear": Suite(draw_linear, solve_linear, lambda d: max(d - 1, 2)),
+}
+
+
+def suites_of(task):
+    """"arithmetic" is all six; else a comma list of their names. Raises ValueError on an unknown one."""
+    names = list(SUITES) if task == "arithmetic" else task.split(",")
+    for name in names:
+        if name not in SUITES:
+            raise ValueError(f"task: unknown suite {name!r}; allowed: arithmetic, or a comma list of {', '.join(SUITES)}")
+    return names
+
+
+def is_held_out(prompt):
+    """One problem in eight, decided by the problem's own text: training and evaluation cannot share any."""
+    return hashlib.blake2b(prompt.encode(), digest_size=1).digest()[0] % 8 == 0
+
+
+def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
+    """One random problem of the wanted side of the split; its `solution` is careless with that probability."""
+    draw, solve, n = SUITES[suite].draw, SUITES[suite].solve, SUITES[suite].n(difficulty)
+    while True:
+        operands = draw(rng, n)
+        prompt, _, answer = solve(operands, n, lambda: False)
+        if is_held_out(prompt) == held_out:
+            break
+    forget = (lambda: rng.random() < 0.5) if rng.random() < careless else (lambda: False)
+    _, working, written = solve(operands, n, forget)
+    return Problem(suite, prompt, answer, f"{working}####{written}")
+
+
+def problem_stream(suites, difficulty, rng, **kwargs):
+    """Training problems without end, of suites at random."""
+    while True:
+        yield draw_problem(rng.choice(suites), difficulty, rng, **kwargs)
+
+
+def held_out_problems(suite, difficulty, count, seed=0):
+    """Up to count different held-out problems of a suite: fewer where the suite has no more at this difficulty."""
+    rng, found = random.Random(f"{seed}/held out/{suite}"), {}
+    for _ in range(100 * count):
+        problem = draw_problem(suite, difficulty, rng, held_out=True)
+        found.setdefault(problem.prompt, problem)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verifier
+
+
+def extract_answer(text):
+    """What a completion gives as its answer: the last \\boxed{...}, else after the last "####", else after the last
+    "Answer:", to the end of the line. None when there is none of them: never the whole text."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for end in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : end].strip() or None
+        return None
+    for marker in ("####", "Answer:"):
+        _, found, tail = text.rpartition(marker)
+        if found:
+            return tail.strip().partition("\n")[0].strip() or None
+    return None
+
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_NUMBER = re.compile(rf"([+-]?)\s*({_DECIMAL})(?:\s*/\s*([+-]?)({_DECIMAL}))?")
+
+
+def parse_number(text):
+    """An integer, decimal or fraction ("-1,234.50", "3/4") as an exact Fraction; None if text is none of these."""
+    text = text.strip().replace("\u2212", "-").strip("$").strip().removesuffix(".")
+    match = _NUMBER.fullmatch(text) if len(text) <= 200 and text.isascii() else None
+    if match is None:
+        return None
+    sign, numerator, sign_below, denominator = (group or "" for group in match.groups())
+    top, below = Fraction("0" + numerator.replace(",", "")), Fraction("0" + denominator.replace(",", "") if denominator else 1)
+    if below == 0:
+        return None
+    return (-1 if (sign == "-") != (sign_below == "-") else 1) * top / below
+
+
+def answers_equal(gold, candidate):
+    """Whether two answers are the same number, exactly, or else the same text up to case and spaces. None equals nothing."""
+    if gold is None or candidate is None:
+        return False
+    a, b = parse_number(gold), parse_number(candidate)
+    if a is not None or b is not None:
+        return a == b
+    return " ".join(gold.split()).casefold() == " ".join(candidate.split()).casefold()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1.0, generator=None):
+    """Samples (B = P·G rows), their texts, and reward_PG: 1.0 where the answer is right."""
+    prompts = [tok.encode_ordinary(p.prompt) for p in problems]
+    samples = generate(model, prompts, num_generations, max_new_tokens, tok.eot_token, temperature, generator)
+    rows = zip(samples.tokens_BT.tolist(), samples.mask_BT.tolist())
+    texts = [tok.decode([t for t, m in zip(*row) if m and t != tok.eot_token]) for row in rows]
+    golds = [p.answer for p in problems for _ in range(num_generations)]
+    right = [float(answers_equal(gold, extract_answer(text))) for gold, text in zip(golds, texts)]
+    return samples, texts, torch.tensor(right).view(len(problems), num_generations)
+
+
+def overlong_penalty(length_B, max_new_tokens):
+    """DAPO's soft penalty (arXiv 2503.14476 §3.4): 0, falling to -1 over the last fifth of the allowed length."""
+    buffer = max_new_tokens / 5
+    return ((max_new_tokens - buffer - length_B) / buffer).clamp(-1, 0)
+
+
+def informative(reward_PG):
+    """(P,) True where the samples of a prompt differ in reward. The others have zero advantage: they carry no gradient."""
+    return reward_PG.amax(1) > reward_PG.amin(1)
+
+
+def collect(model, tok, problems, algo, prompts_per_step, num_generations, max_new_tokens, temperature, generator):
+    """The rollout of one step. With dynamic sampling (DAPO §3.2), prompts without a gradient are replaced by new ones
+    from the iterator `problems`, at most ROUNDS times over; what is missing then stays missing.
+
+    Returns Samples of the prompts kept, their reward_PG, metrics over all prompts sampled, and examples to read.
+    """
+    rounds, missing = [], prompts_per_step
+    while missing and len(rounds) < (ROUNDS if algo.dynamic_sampling else 1):
+        drawn = list(itertools.islice(problems, missing))
+        samples, texts, reward_PG = rollout(model, tok, drawn, num_generations, max_new_tokens, temperature, generator)
+        length_B = samples.mask_BT.sum(1).cpu()
+        if algo.overlong:
+            reward_PG = reward_PG + overlong_penalty(length_B, max_new_tokens).view_as(reward_PG)
+        flat_P = ~informative(reward_PG)
+        keep_P = ~flat_P if algo.dynamic_sampling else torch.ones_like(flat_P)
+        rounds.append((samples, reward_PG, keep_P, flat_P, length_B, drawn, texts))
+        missing -= int(keep_P.sum())
+    samples, rewards, keeps, flats, lengths, drawn, texts = zip(*rounds)
+    keep_B = torch.cat(keeps).repeat_interleave(num_generations).to(samples[0].tokens_BT.device)
+    T = max(part.tokens_BT.size(1) for part in samples)
+    kept = Samples(*(torch.cat([F.pad(x, (0, T - x.size(1))) for x in field])[keep_B] for field in zip(*samples)))
+    length_B, logp = torch.cat(lengths).float(), sum(part.logp_BT.sum() for part in samples)
+    metrics = {
+        "reward/mean": torch.cat(rewards).mean().item(),
+        "reward/frac_zero_std": torch.cat(flats).float().mean().item(),
+        "response_length/mean": length_B.mean().item(),
+        "response_length/clip_ratio": (length_B == max_new_tokens).float().mean().item(),
+        "actor/entropy": -logp.item() / length_B.sum().item(),  # unbiased: the mean of -log p over samples from p
+    }
+    examples = [(p.prompt, t, r) for p, t, r in zip(drawn[0], texts[0][::num_generations], rewards[0][:, 0].tolist())]
+    return kept, torch.cat(rewards)[torch.cat(keeps)], metrics, examples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages and losses
+
+
+@dataclass(frozen=True)
+class Algo:
+    """What tells one policy-gradient method from another."""
+
+    advantage: str = "group_std"  # group_std: (r - mean)/std of the group · group: r - mean · loo: r - mean of the others ·
+    # batch: r - mean of the batch
+    loss_agg: str = "token"  # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
+    ratio: str = "token"  # token · sequence: geometric mean over the sequence · none: plain -A log p
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    dual_clip: float = 10.0  # with A < 0 the objective is never below dual_clip·A (Ye et al. 2019, arXiv 1912.09729)
+    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy, frozen base)
+    dynamic_sampling: bool = False  # draw new prompts in the place of groups whose samples all have the same reward
+    overlong: bool = False  # punish responses that come near max_new_tokens
+
+
+ALGOS = {
+    "reinforce": Algo(advantage="batch", ratio="none"),  # Williams 1992
+    "grpo": Algo(loss_agg="sequence", kl_coef=0.04),  # arXiv 2402.03300
+    "drgrpo": Algo(advantage="group", loss_agg="constant"),  # arXiv 2503.20783
+    "dapo": Algo(clip_eps_high=0.28, dynamic_sampling=True, overlong=True),  # arXiv 2503.14476
+    "gspo": Algo(loss_agg="sequence", ratio="sequence", clip_eps_low=3e-4, clip_eps_high=4e-4),  # arXiv 2507.18071
+}
+
+
+def advantages(reward_PG, kind):
+    """(P, G) rewards -> (P, G) advantages; see Algo.advantage. Groups of equal rewards get exactly 0 from all kinds but
+    "batch", whose baseline is not theirs."""
+    G = reward_PG.size(1)
+    if kind == "batch":
+        return reward_PG - reward_PG.mean()
+    adv_PG = reward_PG - reward_PG.mean(1, keepdim=True)
+    if kind == "group_std":
+        adv_PG = adv_PG / (reward_PG.std(1, keepdim=True) + 1e-6)
+    elif kind == "loo":
+        adv_PG = adv_PG * G / (G - 1)  # r - (sum - r)/(G - 1)
+    # The mean of equal floats need not be that float: test the rewards, not their spread.
+    return torch.where(informative(reward_PG)[:, None], adv_PG, 0.0)
+
+
+def token_weights(mask_BT, loss_agg, max_new_tokens):
+    """How much each token counts: (B, T-1), zero off the mask. loss = (token_weights * loss_BT).sum().
+
+    Made once for the whole minibatch, so that cutting it into micro-batches, or padding it, changes nothing.
+    """
+    m = mask_BT.float()
+    if loss_agg == "token":
+        return m / m.sum().clamp(min=1)
+    if loss_agg == "sequence":
+        return m / m.sum(1, keepdim=True).clamp(min=1) / len(m)
+    return m / (len(m) * max_new_tokens)
+
+
+def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo):
+    """The clipped policy-gradient loss, and what happened to the ratio: for the trunk and, alike, for an MTP head.
+
+    All (B, T-1) but adv_B. Returns loss (a scalar, -J) and {clip_frac_low, clip_frac_high, ratio_max} over masked tokens.
+    """
+    adv_BT = adv_B[:, None]
+    log_ratio_BT = torch.where(mask_BT, logp_BT - logp_old_BT, 0.0)
+    if algo.ratio == "sequence":  # GSPO: exp of the mean, the same for every token of the sequence
+        log_ratio_BT = log_ratio_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1) * mask_BT
+    ratio_BT = log_ratio_BT.clamp(-20, 20).exp()  # a finite ratio, so that a branch not taken has no NaN gradient
+    if algo.ratio == "none":
+        surrogate_BT = adv_BT * logp_BT
+        low_BT = high_BT = torch.zeros_like(mask_BT)
+    else:
+        clipped_BT = ratio_BT.clamp(1 - algo.clip_eps_low, 1 + algo.clip_eps_high)
+        surrogate_BT = torch.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT)
+        surrogate_BT = torch.where(adv_BT < 0, torch.maximum(surrogate_BT, algo.dual_clip * adv_BT), surrogate_BT)
+        low_BT = mask_BT & (ratio_BT < 1 - algo.clip_eps_low) & (adv_BT < 0)
+        high_BT = mask_BT & (ratio_BT > 1 + algo.clip_eps_high) & (adv_BT > 0)
+    loss = -(weight_BT * surrogate_BT).sum()
+    n = mask_BT.sum().clamp(min=1)
+    stats = {"clip_frac_low": low_BT.sum() / n, "clip_frac_high": high_BT.sum() / n, "ratio_max": ratio_BT.detach().max()}
+    return loss, stats
+
+
+def k3_kl(logp_BT, logp_ref_BT, weight_BT):
+    """KL(policy, reference), estimated on the policy's own samples by r - 1 - log r ≥ 0, r = p_ref / p (Schulman 2020)."""
+    log_r = (logp_ref_BT - logp_BT).clamp(-20, 20)
+    return (weight_BT * (log_r.exp() - 1 - log_r)).sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768):
+    """(number of problems, k) 0/1 results on `problems`, at most `rows` sequences at a time. Same seed, same random numbers."""
+    generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
+    parts = [problems[i : i + rows // G] for i in range(0, len(problems), max(rows // G, 1))]
+    right = [rollout(model, tok, part, G, max_new_tokens, temperature, generator)[2] for part in parts]
+    return torch.cat(right).expand(-1, k)
