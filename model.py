@@ -13,6 +13,7 @@ H heads · D channels a head · V vocabulary
 Left out: dropout (old and new log-probs of RL must come from the same function), biases, grouped-query attention.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,9 +123,19 @@ class GPT(nn.Module):
             x = block(x, rope, past)
         return self.norm_out(x)
 
+    def logits(self, h):
+        """Logits (..., V) in float32, under autocast too: bfloat16 ones would move log-probs by several hundredths."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), self.lm_head.weight)
+
     def forward(self, tokens_BT):
         """Logits (B, T, V)."""
-        return self.lm_head(self.hidden(tokens_BT))
+        return self.logits(self.hidden(tokens_BT))
+
+
+def autocast(device):
+    """bfloat16 on CUDA, float32 on the CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Samples(NamedTuple):
@@ -148,7 +159,7 @@ def choose(logits_BV, temperature, u_B):
 
     One uniform number decides one token, so a row's sample depends on nothing else in its batch.
     """
-    logp_BV = F.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    logp_BV = F.log_softmax(logits_BV / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token_B = logp_BV.argmax(-1)
     else:
@@ -181,7 +192,7 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     row, pos = torch.arange(tokens_BT.size(0), device=device), length_P.repeat_interleave(G)  # of the rows still here
     alive = torch.ones_like(row, dtype=torch.bool)
     for step in range(R):
-        token, logp = choose(model.lm_head(h_BC), temperature, u_BR[row, step])
+        token, logp = choose(model.logits(h_BC), temperature, u_BR[row, step])
         tokens_BT[row, pos], mask_BT[row, pos], logp_BT[row, pos] = token * alive, alive, logp * alive
         alive = alive & (token != eos)
         if step == R - 1 or not alive.any():

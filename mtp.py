@@ -98,9 +98,9 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     return logp_DBT[0], logp_DBT[1:], mask_DBT[1:], h_BTC
 
 
-def pick_impl(n_tokens, vocab_size):
-    """What impl="auto" means for (N, V)."""
-    return "naive" if n_tokens * vocab_size <= AUTO_LOGITS else "chunked"
+def pick_impl(impl, n_tokens, vocab_size):
+    """The implementation that runs for N tokens and a vocabulary of V: `impl` itself unless it is "auto"."""
+    return impl if impl != "auto" else "naive" if n_tokens * vocab_size <= AUTO_LOGITS else "chunked"
 
 
 def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
@@ -110,8 +110,7 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
     more than CHUNK_LOGITS of them, and computes them again in the backward; "auto" picks by size (pick_impl).
     Logits, softmax and gradients are accumulated in float32 whatever the input's dtype. Raises ValueError on another impl.
     """
-    if impl == "auto":
-        impl = pick_impl(targets.numel(), weight.size(0))
+    impl = pick_impl(impl, targets.numel(), weight.size(0))
     if impl not in ("naive", "chunked"):
         raise ValueError(f"impl: {impl!r} is not available here; allowed: auto, naive, chunked")
     with torch.autocast(h.device.type, enabled=False):

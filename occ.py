@@ -122,3 +122,39 @@ def split_terms(g_a, m_a, g_b, m_b):
     independent estimates, so their mean is <E g, E m>; within a half it contains the covariance too.
     """
     return {"c_split": 2 * (inner(g_a, m_b) + inner(g_b, m_a)).item(), "v2_split": 4 * inner(m_a, m_b).item()}
+
+
+def coefficient(out, trunk, cfg):
+    """λ of one minibatch by the rule of cfg.regime, with the ĉ and v̂² of its proxy (sums over tokens, or products at h).
+
+    out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states at
+    the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. Only "hidden" and "exact"
+    differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}).
+    """
+    rule, a, b = REGIMES[cfg.regime].rule, out.delta_rl_N, out.delta_mtp_N
+    if rule == "proxy" and cfg.occ_proxy == "hidden":
+        a, b = (torch.autograd.grad(loss, out.h_BTC, retain_graph=True)[0] for loss in (out.rl, out.mtp))
+        lam = hidden_coefficient(a, b, cfg.lam_plus).item()
+    elif rule == "proxy":
+        lam = logprob_coefficient(a, b, cfg.lam_plus, average=cfg.occ_average).item()
+    elif rule == "exact":
+        lam = exact_terms(flat_grad(out.rl, trunk), flat_grad(out.mtp, trunk), cfg.lam_plus)["lam_star"]
+    else:
+        lam = cfg.lam if rule == "fixed" else 0.0
+    return lam, {"occ/lam": lam, "occ/c_hat": inner(a, b).item(), "occ/v2_hat": inner(b, b).item()}
+
+
+def probe(parts, trunk, lam_plus=1.0):
+    """The exact terms of one minibatch, whatever the regime, for the log.
+
+    parts: one or two functions, each running the forward of a part of the minibatch with open doors and returning an
+    object with its shares rl and mtp of the whole minibatch's losses. With two, split_terms too.
+    """
+    grads = []
+    for run in parts:
+        out = run()
+        grads.append((flat_grad(out.rl, trunk), flat_grad(out.mtp, trunk)))
+    terms = exact_terms(sum(g for g, _ in grads), sum(m for _, m in grads), lam_plus)
+    if len(grads) == 2:
+        terms |= split_terms(*grads[0], *grads[1])
+    return {f"occ/{name}": value for name, value in terms.items()}

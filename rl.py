@@ -27,6 +27,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+import mtp
+import occ
 from model import Samples, generate
 
 EOS = "<|endoftext|>"
@@ -138,8 +140,8 @@ class Suite(NamedTuple):
 SUITES = {
     "add": Suite(draw_pair, solve_add, lambda d: d),
     "sub": Suite(draw_pair, solve_sub, lambda d: d),
-    "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, lambda d: d),
-    "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, lambda d: d),
+    "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, lambda d: d + 1),
+    "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, lambda d: d + 1),
     "chain": Suite(lambda rng, n: tuple(rng.randrange(1, 10) for _ in range(n + 1)), solve_chain, lambda d: d),
     "linear": Suite(draw_linear, solve_linear, lambda d: max(d - 1, 2)),
 }
@@ -264,25 +266,26 @@ def informative(reward_PG):
     return reward_PG.amax(1) > reward_PG.amin(1)
 
 
-def collect(model, tok, problems, algo, prompts_per_step, num_generations, max_new_tokens, temperature, generator):
+def collect(model, tok, problems, algo, cfg, generator):
     """The rollout of one step. With dynamic sampling (DAPO §3.2), prompts without a gradient are replaced by new ones
     from the iterator `problems`, at most ROUNDS times over; what is missing then stays missing.
 
     Returns Samples of the prompts kept, their reward_PG, metrics over all prompts sampled, and examples to read.
     """
-    rounds, missing = [], prompts_per_step
+    G, R = cfg.num_generations, cfg.max_new_tokens
+    rounds, missing = [], cfg.prompts_per_step
     while missing and len(rounds) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
-        samples, texts, reward_PG = rollout(model, tok, drawn, num_generations, max_new_tokens, temperature, generator)
+        samples, texts, reward_PG = rollout(model, tok, drawn, G, R, cfg.temperature, generator)
         length_B = samples.mask_BT.sum(1).cpu()
         if algo.overlong:
-            reward_PG = reward_PG + overlong_penalty(length_B, max_new_tokens).view_as(reward_PG)
+            reward_PG = reward_PG + overlong_penalty(length_B, R).view_as(reward_PG)
         flat_P = ~informative(reward_PG)
         keep_P = ~flat_P if algo.dynamic_sampling else torch.ones_like(flat_P)
         rounds.append((samples, reward_PG, keep_P, flat_P, length_B, drawn, texts))
         missing -= int(keep_P.sum())
     samples, rewards, keeps, flats, lengths, drawn, texts = zip(*rounds)
-    keep_B = torch.cat(keeps).repeat_interleave(num_generations).to(samples[0].tokens_BT.device)
+    keep_B = torch.cat(keeps).repeat_interleave(G).to(samples[0].tokens_BT.device)
     T = max(part.tokens_BT.size(1) for part in samples)
     kept = Samples(*(torch.cat([F.pad(x, (0, T - x.size(1))) for x in field])[keep_B] for field in zip(*samples)))
     length_B, logp = torch.cat(lengths).float(), sum(part.logp_BT.sum() for part in samples)
@@ -290,11 +293,12 @@ def collect(model, tok, problems, algo, prompts_per_step, num_generations, max_n
         "reward/mean": torch.cat(rewards).mean().item(),
         "reward/frac_zero_std": torch.cat(flats).float().mean().item(),
         "response_length/mean": length_B.mean().item(),
-        "response_length/clip_ratio": (length_B == max_new_tokens).float().mean().item(),
+        "response_length/clip_ratio": (length_B == R).float().mean().item(),
+        "response_length/sum": int(length_B.sum()),
         "actor/entropy": -logp.item() / length_B.sum().item(),  # unbiased: the mean of -log p over samples from p
     }
-    examples = [(p.prompt, t, r) for p, t, r in zip(drawn[0], texts[0][::num_generations], rewards[0][:, 0].tolist())]
-    return kept, torch.cat(rewards)[torch.cat(keeps)], metrics, examples
+    examples = [(p.prompt, t, r) for p, t, r in zip(drawn[0], texts[0][::G], rewards[0][:, 0].tolist())]
+    return kept, torch.cat(rewards)[torch.cat(keeps)], metrics, examples[:8]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +338,7 @@ def advantages(reward_PG, kind):
         return reward_PG - reward_PG.mean()
     adv_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     if kind == "group_std":
-        adv_PG = adv_PG / (reward_PG.std(1, keepdim=True) + 1e-6)
+        adv_PG = adv_PG / ((adv_PG.square().sum(1, keepdim=True) / (G - 1)).sqrt() + 1e-6)
     elif kind == "loo":
         adv_PG = adv_PG * G / (G - 1)  # r - (sum - r)/(G - 1)
     # The mean of equal floats need not be that float: test the rewards, not their spread.
@@ -383,6 +387,111 @@ def k3_kl(logp_BT, logp_ref_BT, weight_BT):
     """KL(policy, reference), estimated on the policy's own samples by r - 1 - log r ≥ 0, r = p_ref / p (Schulman 2020)."""
     log_r = (logp_ref_BT - logp_BT).clamp(-20, 20)
     return (weight_BT * (log_r.exp() - 1 - log_r)).sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The minibatch of an update
+
+
+class Minibatch(NamedTuple):
+    """What one update sees. (B, T-1) arrays follow the shift convention of mtp.py: column t speaks of token t+1."""
+
+    tokens_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    adv_B: torch.Tensor
+    logp_old_BT: torch.Tensor
+    logp_ref_BT: torch.Tensor  # of the frozen base; zeros without KL
+    logp_old_KBT: torch.Tensor  # of each head, aligned
+    weight_BT: torch.Tensor  # what each token counts in loss_rl
+    weight_KBT: torch.Tensor  # and in the loss of each head
+
+    def rows(self, index):
+        """The same for some of the sequences. Weights stay those of the whole."""
+        return Minibatch(*(x[:, index] if n.endswith("_KBT") else x[index] for n, x in self._asdict().items()))
+
+    def halves(self, num_generations):
+        """Two parts of whole groups, or all of it if there is but one group."""
+        half = len(self.adv_B) // num_generations // 2 * num_generations
+        return [self.rows(slice(0, half)), self.rows(slice(half, None))] if half else [self]
+
+
+@torch.no_grad()
+def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=None):
+    """A rollout cut into updates_per_rollout minibatches, whole groups in each (fewer if there are fewer groups).
+
+    Old log-probs of the trunk and of the heads come from one forward pass of the whole rollout. That also tells
+    rollout/logp_gap, the largest difference to what the sampler recorded (rounding, unless something is wrong), and
+    mtp/agreement_k, the share of sampled tokens that a speculative sampler drafting from head k would accept,
+    sum_v min(p_v, q_v), estimated without bias by the mean of min(1, q/p) over tokens sampled from p.
+    Returns the list of minibatches and these metrics.
+    """
+    tokens_BT, mask_BT = samples.tokens_BT, samples.mask_BT[:, 1:]
+    P = len(adv_B) // cfg.num_generations
+    if P == 0:
+        return [], {}
+    logp_BT, logp_KBT, mask_KBT, _ = mtp.logprobs(model, heads, tokens_BT, mask_BT, cfg.temperature, cfg.logp_impl)
+    accepted_KBT = (logp_KBT - logp_BT).exp().clamp(max=1) * mask_KBT
+    shares = accepted_KBT.sum((1, 2)) / mask_KBT.sum((1, 2)).clamp(min=1)
+    metrics = {f"mtp/agreement_{k}": share for k, share in enumerate(shares.tolist(), 1)}
+    metrics["rollout/logp_gap"] = (logp_BT - samples.logp_BT[:, 1:]).abs().max().item()
+    logp_ref_BT = torch.zeros_like(logp_BT)
+    if reference:
+        logp_ref_BT = mtp.logprobs(reference, None, tokens_BT, mask_BT, cfg.temperature, cfg.logp_impl)[0]
+
+    parts, agg = [], algo.loss_agg if objective == "policy" else "token"
+    for rows in torch.arange(len(adv_B)).view(P, -1).tensor_split(min(cfg.updates_per_rollout, P)):
+        rows = rows.flatten()
+        weight_BT = token_weights(mask_BT[rows], algo.loss_agg, cfg.max_new_tokens)
+        weights = [token_weights(m[rows], agg, cfg.max_new_tokens) for m in mask_KBT]
+        weight_KBT = torch.stack(weights) if weights else logp_KBT[:, rows]
+        parts.append(Minibatch(tokens_BT[rows], mask_BT[rows], adv_B[rows], logp_BT[rows], logp_ref_BT[rows],
+                               logp_KBT[:, rows], weight_BT, weight_KBT))  # fmt: skip
+    return parts, metrics
+
+
+class Losses(NamedTuple):
+    rl: torch.Tensor
+    mtp: torch.Tensor  # mean over depths
+    delta_rl_N: torch.Tensor  # change of log-prob since the rollout, on the tokens that some head scores
+    delta_mtp_N: torch.Tensor  # the same of the heads, mean over the depths that score the token
+    h_BTC: torch.Tensor
+    stats: dict
+
+
+def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
+    """Forward pass of a minibatch. lam is what the backward will let through the doors of the trunk (occ.scale_grad).
+
+    on_policy: nothing has been updated since the rollout, so old log-probs are those of this very pass; the ratio is
+    exactly 1 and δ exactly 0, not rounding noise for OCC to divide.
+    """
+    door = functools.partial(occ.scale_grad, lam=lam)
+    logp_BT, logp_KBT, mask_KBT, h_BTC = mtp.logprobs(
+        model, heads, mb.tokens_BT, mb.mask_BT, cfg.temperature, cfg.logp_impl, door
+    )
+    old_BT, old_KBT = (logp_BT.detach(), logp_KBT.detach()) if on_policy else (mb.logp_old_BT, mb.logp_old_KBT)
+    if cfg.mtp_base == "main":
+        old_KBT = old_BT.expand_as(logp_KBT)
+
+    loss_rl, seen = policy_loss(logp_BT, old_BT, mb.adv_B, mb.mask_BT, mb.weight_BT, algo)
+    if algo.kl_coef:
+        seen["kl"] = k3_kl(logp_BT, mb.logp_ref_BT, mb.weight_BT)
+        loss_rl = loss_rl + algo.kl_coef * seen["kl"]
+    stats = {f"actor/{name}": value for name, value in seen.items()} | {"actor/loss": loss_rl}
+
+    loss_mtp = torch.zeros_like(loss_rl)
+    for k in range(len(logp_KBT)):
+        loss_k, seen = policy_loss(logp_KBT[k], old_KBT[k], mb.adv_B, mask_KBT[k], mb.weight_KBT[k], algo)
+        if objective == "ce":
+            loss_k = -(mb.weight_KBT[k] * logp_KBT[k]).sum()
+        loss_mtp = loss_mtp + loss_k / len(logp_KBT)
+        stats |= {f"mtp/loss_{k + 1}": loss_k, f"mtp/ratio_max_{k + 1}": seen["ratio_max"],
+                  f"mtp/clip_frac_{k + 1}": seen["clip_frac_low"] + seen["clip_frac_high"]}  # fmt: skip
+
+    depths_BT = mask_KBT.sum(0)
+    scored_BT = depths_BT > 0
+    delta_mtp_BT = ((logp_KBT - old_KBT) * mask_KBT).sum(0) / depths_BT.clamp(min=1)
+    deltas = ((logp_BT - old_BT)[scored_BT].detach(), delta_mtp_BT[scored_BT].detach())
+    return Losses(loss_rl, loss_mtp, *deltas, h_BTC, {name: value.detach() for name, value in stats.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

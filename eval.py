@@ -1,0 +1,328 @@
+"""Evaluate: score a run on held-out problems, and plot what happened in one run or several.
+
+    python eval.py score out/arithmetic-occ-s0 --k 32       # avg@k and pass@k with 95 % intervals, as a table
+    python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP
+
+avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
+is right, estimated without bias from n samples of which c are right (Chen et al. 2021, arXiv 2107.03374). Intervals are
+over problems: mean ± 1.96 standard errors. Plots read metrics.jsonl and nothing else; runs that differ in nothing but
+the seed are one line, with a 95 % band (Student's t) over seeds.
+
+The model is rebuilt from the run's own config. What both commands share with train.py is here too: reading a run,
+evaluation during training, and the command line's manners (a mistake is one line on stderr, exit code 2).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import torch
+
+import mtp
+import rl
+from model import GPT, GPTConfig, autocast
+
+VERSION = 1  # of the run folder's format
+SUPPRESS = argparse.SUPPRESS
+T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a run
+
+
+def build(cfg, tok, device):
+    """The trunk and its heads as initialised from the seed of a config."""
+    torch.manual_seed(cfg.seed)
+    problems = [p for suite in rl.suites_of(cfg.task) for p in rl.held_out_problems(suite, cfg.difficulty, 8)]
+    prompt, solution = (max(len(getattr(p, part).encode()) for p in problems) for part in ("prompt", "solution"))
+    block_size = prompt + max(solution + 1, cfg.max_new_tokens)
+    shape = GPTConfig(tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
+    return GPT(shape).to(device), mtp.MTPHeads(shape, cfg.mtp_depth, cfg.mtp_design).to(device)
+
+
+def read_metrics(folder):
+    """(header, records) of a run. A last line cut short by a crash is left out; any other bad line raises ValueError."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{folder}: not a run: it has no metrics.jsonl")
+    lines, records = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
+    for i, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{i}: not JSON: {line[:40]!r}") from None
+    try:
+        version, _ = records[0]["versions"]["nanoocc"], records[0]["config"]["regime"]
+    except (IndexError, KeyError, TypeError):
+        raise ValueError(f"{path}:1: not the header of a run (config, seed, commit, versions, device)") from None
+    if version != VERSION:
+        raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
+    return records[0], records[1:]
+
+
+def read_run(folder):
+    """(config as a dict, checkpoint or None) of a run. ValueError, one line, when something there is not what it should be."""
+    header, _ = read_metrics(folder)
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        return header["config"], None
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        version, _ = ckpt["version"], ckpt["sizes"]
+    except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if version != VERSION:
+        raise ValueError(f"{path}: a checkpoint of version {version}; this is version {VERSION}")
+    return header["config"], ckpt
+
+
+def load_weights(ckpt, model, heads=None):
+    """Weights of a checkpoint into the trunk and, if given, the heads. ValueError if they do not fit."""
+    try:
+        model.load_state_dict(ckpt["model"])
+        if heads:
+            heads.load_state_dict(ckpt["heads"])
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise ValueError("ckpt.pt: its weights do not fit the sizes in the run's config") from None
+
+
+def load_run(folder, device):
+    """Config, tokenizer and trunk of a run's last checkpoint."""
+    values, ckpt = read_run(folder)
+    if ckpt is None:
+        raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
+    cfg = SimpleNamespace(**values)
+    tok = rl.get_tokenizer(cfg.tokenizer)
+    model, _ = build(cfg, tok, device)
+    load_weights(ckpt, model)
+    return cfg, tok, model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def evaluate(model, tok, cfg, device):
+    """During training: {eval/score, eval/<suite>}, avg@eval_k on held-out problems in points of 100; the score is the mean
+    of the suites. The same problems and the same random numbers every time."""
+    suites = rl.suites_of(cfg.task)
+    problems = [p for suite in suites for p in rl.held_out_problems(suite, cfg.difficulty, cfg.eval_problems)]
+    with autocast(device):
+        right = rl.evaluate(model, tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature)
+    mean = {s: 100 * right[[i for i, p in enumerate(problems) if p.suite == s]].mean().item() for s in suites}
+    return {"eval/score": sum(mean.values()) / len(mean)} | {f"eval/{s}": value for s, value in mean.items()}
+
+
+def pass_at_k(n, c, k):
+    """Unbiased pass@k from n samples of which c are right."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def interval(values):
+    """Mean and half-width of the 95 % interval over problems (a list of numbers); nan for fewer than two."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), 1.96 * (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
+
+
+def score(folder, k, temperature, problems_a_suite, device):
+    """The table of a run, as lines of Markdown: a row a suite and one for all, in points of 100."""
+    cfg, tok, model = load_run(folder, device)
+    rows = []
+    for suite in rl.suites_of(cfg.task):
+        problems = rl.held_out_problems(suite, cfg.difficulty, problems_a_suite)
+        with autocast(device):
+            right = rl.evaluate(model, tok, problems, k, cfg.max_new_tokens, temperature).sum(1).int().tolist()
+        rows.append((suite, [100 * c / k for c in right], [[100 * pass_at_k(k, c, j) for c in right] for j in shown(k)]))
+    return table(rows, k)
+
+
+def shown(k):
+    """The values of k that pass@k is shown for; pass@1 would be avg@k again."""
+    return sorted({max(k // 4, 1), k})
+
+
+def table(rows, k):
+    """rows: (suite, avg@k of each problem, for each shown k the pass@k of each problem) -> lines of Markdown.
+
+    The row "all" is the mean over suites, each counting alike; its interval combines theirs.
+    """
+    heads = ["suite", "problems", f"avg@{k}"] + [f"pass@{j}" for j in shown(k)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    columns = [[avg, *passed] for _, avg, passed in rows]
+    for (suite, avg, _), column in zip(rows, columns):
+        lines.append(row_of(suite, len(avg), [interval(values) for values in column]))
+    overall = []
+    for column in zip(*columns):
+        means, halves = zip(*(interval(values) for values in column))
+        overall.append((sum(means) / len(means), math.hypot(*halves) / len(halves)))
+    return lines + [row_of("all", sum(len(avg) for _, avg, _ in rows), overall)]
+
+
+def row_of(name, n, cells):
+    return f"| {name} | {n} | " + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells) + " |"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plots
+
+
+def group_runs(folders):
+    """{label: [records of each seed]}: runs that differ only in seed and folder are one line. The label says what differs."""
+    runs = [read_metrics(folder) for folder in folders]
+    for folder, (_, records) in zip(folders, runs):
+        if not records:
+            raise ValueError(f"{folder}: nothing logged yet")
+    free = {"seed", "out", "cache_dir", "device", "save_every", "steps"}
+    configs = [{name: value for name, value in header["config"].items() if name not in free} for header, _ in runs]
+    differ = [n for n in configs[0] if n != "regime" and any(c.get(n) != configs[0][n] for c in configs)]
+    groups = {}
+    for cfg, (_, records) in zip(configs, runs):
+        label = " ".join([cfg["regime"]] + [f"{name}={cfg.get(name)}" for name in differ])
+        groups.setdefault(label, []).append(records)
+    return groups
+
+
+def series(runs, value):
+    """Steps, mean and half-width of the 95 % band (nan for one run) of value(record) over runs, where every run has it."""
+    tables = [{r["step"]: y for r in records if (y := value(r)) is not None} for records in runs]
+    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    y = torch.tensor([[table[s] for s in steps] for table in tables], dtype=torch.float64)
+    n = len(tables)
+    half = T_95[min(n - 2, 9)] * y.std(0) / n**0.5 if n > 1 else torch.full((len(steps),), math.nan)
+    return steps, y.mean(0).tolist(), half.tolist()
+
+
+def first_order(record):
+    """λ c, the first-order term of Δ_MTP in units of η (1 - Lη)."""
+    return record["occ/lam"] * record["occ/c"] if "occ/c" in record else None
+
+
+def second_order(record):
+    """λ² v²/2, the second-order term of Δ_MTP in units of L η²."""
+    return record["occ/lam"] ** 2 * record["occ/v2"] / 2 if "occ/c" in record else None
+
+
+PANELS = [  # title, axis label, value of a record, scale of the axis
+    ("Reward in training", "mean reward", lambda r: r.get("reward/mean"), "linear"),
+    ("Held-out score", "avg@k, points of 100", lambda r: r.get("eval/score"), "linear"),
+    ("Coefficient", "λ_t (last update of a step)", lambda r: r.get("occ/lam"), "linear"),
+    ("First-order correlation", "c_t = ⟨g_RL, g_MTP⟩", lambda r: r.get("occ/c"), "symlog"),
+    ("Second-order penalty", "v_t² = ‖g_MTP‖²", lambda r: r.get("occ/v2"), "log"),
+    ("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog"),
+    ("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
+    ("MTP head 1 as a drafter", "share of tokens accepted", lambda r: r.get("mtp/agreement_1"), "linear"),
+]
+
+
+def plot(folders, path):
+    """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = group_runs(folders)
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
+    for axis, (title, label, value, scale) in zip(axes.flat, PANELS):
+        for color, (name, runs) in enumerate(groups.items()):
+            steps, mean, half = series(runs, value)
+            if not steps or scale == "log" and not any(y > 0 for y in mean):
+                continue
+            axis.plot(steps, mean, color=f"C{color}", label=f"{name} (n = {len(runs)})", linewidth=1.4)
+            if len(runs) > 1:
+                low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+                axis.fill_between(steps, low, high, color=f"C{color}", alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="step", ylabel=label)
+        if axis.lines:
+            axis.set_yscale(scale, **({"linthresh": linear_part(axis)} if scale == "symlog" else {}))
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def linear_part(axis):
+    """Where a symmetric-log axis turns linear: at a hundredth of the largest value drawn."""
+    return max((abs(y) for line in axis.lines for y in line.get_ydata()), default=1.0) / 100 or 1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """No abbreviations; a mistake is one line."""
+
+    def __init__(self, description=None, **kwargs):
+        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | kwargs
+        super().__init__(description=description, **kwargs)
+
+    def error(self, message):
+        raise ValueError(message)
+
+    def add_fields(self, config):
+        """A flag for each field of a dataclass; the comment behind the field is the help text."""
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+        for f in dataclasses.fields(config):
+            kinds = [t for t in get_args(f.type) or (f.type,) if t not in (None, type(None))]
+            options = {"type": str, "metavar": "|".join(kinds)} if isinstance(kinds[0], str) else {
+                "type": kinds[0], "metavar": kinds[0].__name__}  # fmt: skip
+            options = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else options
+            default = "" if f.default in (None, "") else f" [{f.default}]"
+            self.add_argument(f"--{f.name}", help=(comments[f.name] + default).replace("%", "%%"), **options)
+
+
+@contextlib.contextmanager
+def reporting(prog):
+    """Errors as one line on stderr and an exit code: 2 the user's mistake, 1 a run that broke down, 130 after Ctrl-C."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(argv):
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("score", help="avg@k and pass@k of a run on held-out problems")
+    one.add_argument("run", help="folder of a run")
+    one.add_argument("--k", type=int, default=32, help="samples a problem [32]")
+    one.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [1.0]")
+    one.add_argument("--problems", type=int, default=64, help="held-out problems a suite, at most [64]")
+    one.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    many = commands.add_parser("plot", help="curves of runs in one picture")
+    many.add_argument("run", nargs="+", help="folders of runs")
+    many.add_argument("--out", default="", help="picture to write [curves.png in the first folder]")
+    args = parser.parse_args(argv)
+    for name, least in (("k", 1), ("problems", 1), ("temperature", 0)):
+        value = getattr(args, name, least)
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name} {value}: must be {least} or more")
+    return args
+
+
+def main(args):
+    if args.command == "score":
+        print("\n".join(score(args.run, args.k, args.temperature, args.problems, torch.device(args.device))))
+    else:
+        path = args.out or str(Path(args.run[0]) / "curves.png")
+        plot(args.run, path)
+        print(path)
+
+
+if __name__ == "__main__":
+    with reporting("eval.py"):
+        main(parse(sys.argv[1:]))
