@@ -22,6 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+COMPACT = 0.9  # sampling drops finished rows when fewer than this share are alive: below it, copying the cache pays
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int
@@ -69,7 +72,7 @@ class Block(nn.Module):
     def forward(self, x, rope, past=None):
         """x (B, S, C). past, when sampling: (write, mask) — `write` stores k, v and returns all of them so far."""
         B, S, C = x.shape
-        q, k, v = self.qkv(self.norm_attn(x)).view(B, S, 3, self.n_head, -1).unbind(2)  # (B, S, H, D)
+        q, k, v = self.qkv(self.norm_attn(x)).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)  # (B, S, H, D)
         q, k = rotate(q, rope), rotate(k, rope)
         if past is None:
             mask = None
@@ -197,7 +200,7 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
         alive = alive & (token != eos)
         if step == R - 1 or not alive.any():
             break
-        if alive.float().mean() < 0.9:  # below that, copying the cache costs less than carrying finished rows
+        if alive.float().mean() < COMPACT:
             token, row, pos, cache.kv = token[alive], row[alive], pos[alive], cache.kv[:, :, alive]
             alive = alive[alive]
         h_BC = model.hidden(token[:, None], cache, pos[:, None], end=T - R + step + 1)[:, 0]

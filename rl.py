@@ -201,7 +201,7 @@ def extract_answer(text):
     start = text.rfind("\\boxed{")
     if start >= 0:
         depth = 0
-        for end in range(start + len("\\boxed"), len(text)):
+        for end in range(start + len("\\boxed"), min(len(text), start + 1000)):  # longer is no answer
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
                 return text[start + len("\\boxed{") : end].strip() or None
@@ -446,6 +446,7 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
         weight_KBT = torch.stack(weights) if weights else logp_KBT[:, rows]
         parts.append(Minibatch(tokens_BT[rows], mask_BT[rows], adv_B[rows], logp_BT[rows], logp_ref_BT[rows],
                                logp_KBT[:, rows], weight_BT, weight_KBT))  # fmt: skip
+    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, int(parts[0].mask_BT.sum()), model.cfg.vocab_size)
     return parts, metrics
 
 

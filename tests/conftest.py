@@ -1,0 +1,62 @@
+"""What the tests share: the project's root on the path, and models small enough to compute by hand."""
+
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mtp  # noqa: E402
+import rl  # noqa: E402
+import train  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
+
+
+def tiny(vocab=11, layers=2, channels=16, tied=False, depth=2, design="sequential", block=24, seed=0):
+    """A trunk and its heads whose every weight matters: residual projections are zero at initialisation."""
+    torch.manual_seed(seed)
+    shape = GPTConfig(vocab, block, layers, 2, channels, tied)
+    model, heads = GPT(shape), mtp.MTPHeads(shape, depth, design)
+    for name, p in [*model.named_parameters(), *heads.named_parameters()]:
+        if name.endswith(("attn_out.weight", "mlp_out.weight")):
+            torch.nn.init.normal_(p, std=0.2)
+    return model, heads
+
+
+def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
+    """Right-padded random sequences with (prompt, response) lengths: tokens (B, T) and mask (B, T-1) of response tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    T = max(p + r for p, r in lengths)
+    tokens = torch.randint(1, vocab, (len(lengths), T), generator=generator)
+    t = torch.arange(T)
+    p, r = torch.tensor(lengths).T[:, :, None]
+    tokens = tokens.masked_fill(t >= p + r, 0)
+    return tokens, ((t >= p) & (t < p + r))[:, 1:]
+
+
+SMALL = dict(
+    n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, steps=4, prompts_per_step=4, num_generations=4,
+    updates_per_rollout=2, max_new_tokens=6, eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every=2, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Makes a Config of a run that takes a fraction of a second; rewards are a coin decided by the completion's text."""
+    monkeypatch.setattr(rl, "extract_answer", lambda text: text)
+    monkeypatch.setattr(rl, "answers_equal", lambda gold, text: zlib.crc32(text.encode()) % 2 == 0)
+
+    def make(name="run", **changes):
+        paths = dict(out=str(tmp_path / name), cache_dir=str(tmp_path / "base"))
+        return train.Config(**{**SMALL, **paths, **changes})
+
+    return make

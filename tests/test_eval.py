@@ -1,0 +1,133 @@
+"""Statistics against known values; tables and pictures from runs; and the lines that say what is wrong."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import metrics
+
+import eval as evaluation
+import occ
+import train
+
+
+def command(*argv):
+    evaluation.main(evaluation.parse(list(argv)))
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as exit, evaluation.reporting("eval.py"):
+        command(*argv)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.err.startswith("eval.py: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_pass_at_k_is_the_mean_over_all_choices():
+    right = [1, 0, 0, 1, 0, 0]
+    for k in range(1, 7):
+        choices = list(itertools.combinations(right, k))
+        assert evaluation.pass_at_k(6, 2, k) == pytest.approx(sum(any(c) for c in choices) / len(choices))
+    assert evaluation.pass_at_k(6, 6, 3) == 1 and evaluation.pass_at_k(6, 0, 6) == 0
+
+
+def test_interval():
+    mean, half = evaluation.interval([0.0, 100.0, 100.0, 100.0])
+    assert mean == 75 and half == pytest.approx(1.96 * 50 / 2)
+    assert math.isnan(evaluation.interval([3.0])[1])
+
+
+def test_table_weighs_suites_alike():
+    rows = [("add", [100.0, 0.0], [[100.0, 0.0]]), ("mul", [50.0, 50.0, 50.0, 50.0], [[100.0] * 4])]
+    lines = evaluation.table(rows, 1)
+    assert lines[0] == "| suite | problems | avg@1 | pass@1 |"
+    assert lines[2] == "| add | 2 | 50.0 ± 98.0 | 50.0 ± 98.0 |"
+    assert lines[4] == "| all | 6 | 50.0 ± 49.0 | 75.0 ± 49.0 |"
+
+
+def test_series_over_seeds():
+    runs = [[{"step": 0, "y": 1.0}, {"step": 1, "y": 2.0}, {"step": 2}], [{"step": 0, "y": 3.0}, {"step": 1, "y": 2.0}, {"step": 2, "y": 9}]]
+    steps, mean, half = evaluation.series(runs, lambda r: r.get("y"))
+    assert (steps, mean) == ([0, 1], [2.0, 2.0])  # only steps that every run has
+    assert half == pytest.approx([12.71 * math.sqrt(2) / math.sqrt(2), 0.0])
+    assert all(math.isnan(h) for h in evaluation.series(runs[:1], lambda r: r.get("y"))[2])
+
+
+def test_the_two_terms_of_the_decomposition():
+    record = {"occ/lam": 0.5, "occ/c": 3.0, "occ/v2": 8.0}
+    eta, L = 0.1, 2.0
+    total = eta * (1 - L * eta) * evaluation.first_order(record) - L * eta**2 * evaluation.second_order(record)
+    assert total == pytest.approx(occ.delta_mtp(0.5, 3.0, 8.0, eta, L))
+    assert evaluation.first_order({"step": 1}) is None
+
+
+def test_score_prints_a_table(small, capsys):
+    cfg = small(task="add,mod")
+    train.main(cfg)
+    capsys.readouterr()
+    command("score", cfg.out, "--k", "4", "--problems", "3")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| suite | problems | avg@4 | pass@1 | pass@4 |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| add", "| mod", "| all"]
+    by_training = metrics(cfg)[-1]
+    command("score", cfg.out, "--k", str(cfg.eval_k), "--problems", str(cfg.eval_problems))
+    value = float(capsys.readouterr().out.splitlines()[-1].split("|")[3].split("±")[0])
+    assert 0 <= value <= 100 and 0 <= by_training["eval/score"] <= 100
+
+
+def test_score_rebuilds_the_trained_model(small):
+    cfg = small(tied=True, mtp_design="parallel", mtp_depth=2)
+    train.main(cfg)
+    _, _, model = evaluation.load_run(cfg.out, torch.device("cpu"))
+    saved = torch.load(Path(cfg.out) / "ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(p, saved[name]) for name, p in model.state_dict().items())
+
+
+def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path):
+    folders = []
+    for name, changes in (("a", {}), ("b", dict(seed=1)), ("c", dict(regime="detach")), ("d", dict(regime="off"))):
+        cfg = small(name, **changes)
+        train.main(cfg)
+        (Path(cfg.out) / "ckpt.pt").unlink()
+        folders.append(cfg.out)
+    assert {label: len(runs) for label, runs in evaluation.group_runs(folders).items()} == {"occ": 2, "detach": 1, "off": 1}
+    other = small("e", lr=1e-3)
+    train.main(other)
+    assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0003", "occ lr=0.001"}
+    command("plot", *folders, "--out", str(tmp_path / "all.png"))
+    assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
+    command("plot", folders[3])
+    assert capsys.readouterr().out.splitlines()[-1] == str(Path(folders[3]) / "curves.png")
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_other_line_is_named(small):
+    cfg = small()
+    train.main(cfg)
+    path = Path(cfg.out) / "metrics.jsonl"
+    whole = evaluation.read_metrics(cfg.out)
+    text = path.read_text()
+    path.write_text(text + '{"step": 5, "rew')
+    assert evaluation.read_metrics(cfg.out) == whole
+    path.write_text(text.replace('{"step": 2', '{"step" 2'))
+    with pytest.raises(ValueError, match="metrics.jsonl:4: not JSON"):
+        evaluation.read_metrics(cfg.out)
+
+
+def test_mistakes_are_one_line(small, tmp_path, capsys):
+    assert "not a run: it has no metrics.jsonl" in fails(capsys, "score", str(tmp_path))
+    assert "not a run" in fails(capsys, "plot", str(tmp_path / "nowhere"))
+    assert "--k 0: must be 1 or more" in fails(capsys, "score", "x", "--k", "0")
+    assert "--temperature nan" in fails(capsys, "score", "x", "--temperature", "nan")
+    assert "invalid choice: 'draw'" in fails(capsys, "draw")
+    assert "required" in fails(capsys, "score")
+    cfg = small()
+    train.main(cfg)
+    (Path(cfg.out) / "ckpt.pt").unlink()
+    assert f"no checkpoint yet; go on with python train.py --resume {cfg.out}" in fails(capsys, "score", cfg.out)
+    header = (Path(cfg.out) / "metrics.jsonl").read_text().splitlines()[0]
+    (Path(cfg.out) / "metrics.jsonl").write_text(header + "\n")
+    assert "nothing logged yet" in fails(capsys, "plot", cfg.out)
+    assert json.loads(header)["seed"] == 0

@@ -1,0 +1,185 @@
+"""Heads score the tokens they say they score, and linear_logp is the log-softmax it replaces."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import batch, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mtp
+
+DESIGNS = ("sequential", "parallel")
+
+
+def reference(model, heads, tokens, offset=0):
+    """{(k, b, token index): log-prob} by the definition of each design, one sequence and one depth at a time.
+
+    offset shifts the embedding that a sequential head reads: the classic off-by-one.
+    """
+    out, T = {}, tokens.size(1)
+    for b, row in enumerate(tokens):
+        below = model.hidden(row[None])
+        for k, head in enumerate(heads.heads, start=1):
+            n = T - 1 - k  # positions t = 0..n-1 predict token t+1+k
+            if heads.sequential:
+                emb = model.wte(row[[min(t + k + offset, T - 1) for t in range(n)]])[None]
+                below = head(below[:, :n], emb, model.rope(n))
+            else:
+                below = head(model.hidden(row[None])[:, :n], None, model.rope(n))
+            logp = model.logits(below).log_softmax(-1)[0]
+            out |= {(k, b, t + 1 + k): logp[t, row[t + 1 + k]].item() for t in range(n)}
+    return out
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("depth", (1, 2, 3))
+def test_alignment(design, depth):
+    model, heads = tiny(depth=depth, design=design)
+    tokens, mask = batch()
+    _, logp, valid, _ = mtp.logprobs(model, heads, tokens, mask)
+    right, off_by_one = reference(model, heads, tokens), reference(model, heads, tokens, offset=1)
+    assert logp.shape == valid.shape == (depth, *mask.shape)
+    shifted = 0
+    for k in range(1, depth + 1):
+        for b, t in mask.nonzero().tolist():
+            assert valid[k - 1, b, t] == (t >= k)
+            if t >= k:
+                assert logp[k - 1, b, t].item() == pytest.approx(right[k, b, t + 1], abs=1e-5)
+                shifted += abs(logp[k - 1, b, t].item() - off_by_one[k, b, t + 1]) > 1e-3
+    assert (logp[~valid] == 0).all() and not valid[:, ~mask].any()
+    if design == "sequential":
+        assert shifted > 10  # a head that reads one token too far would be noticed
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("depth", (1, 2, 3))
+def test_heads_see_no_further_than_they_may(design, depth):
+    """By gradients: depth k in column t depends on tokens ≤ t (parallel: ≤ t-k), the target t+1 never."""
+    model, heads = tiny(depth=depth, design=design, vocab=20)
+    tokens, mask = torch.arange(1, 11)[None], torch.ones(1, 9, dtype=torch.bool)
+    _, logp, valid, _ = mtp.logprobs(model, heads, tokens, mask)
+    for k in range(1, depth + 1):
+        for t in range(k, 9):
+            grad = torch.autograd.grad(logp[k - 1, 0, t], model.wte.weight, retain_graph=True)[0].norm(dim=1)
+            last = t if design == "sequential" else t - k
+            assert [bool(g > 0) for g in grad[tokens[0]]] == [i <= last for i in range(10)]
+
+
+def test_main_logprobs_do_not_depend_on_heads_or_padding():
+    model, heads = tiny()
+    tokens, mask = batch()
+    logp, *_ = mtp.logprobs(model, heads, tokens, mask, temperature=0.8)
+    expected = (model(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-5)
+    assert torch.equal(logp, mtp.logprobs(model, None, tokens, mask, temperature=0.8)[0])
+    wider = mtp.logprobs(model, heads, F.pad(tokens, (0, 4)), F.pad(mask, (0, 4)), temperature=0.8)
+    torch.testing.assert_close(wider[0][:, : mask.size(1)], logp, rtol=0, atol=1e-5)
+
+
+def test_heads_are_scored_at_the_same_temperature():
+    model, heads = tiny()
+    tokens, mask = batch()
+    hot, cold = (mtp.logprobs(model, heads, tokens, mask, temperature=T)[1] for T in (1.0, 0.5))
+    assert (hot - cold)[mtp.logprobs(model, heads, tokens, mask)[2]].abs().min() > 0
+
+
+def test_a_prompt_shorter_than_the_depth():
+    model, heads = tiny(depth=3)
+    tokens, mask = batch(lengths=((1, 3), (1, 1)))
+    logp, logp_k, valid, _ = mtp.logprobs(model, heads, tokens, mask)
+    assert valid.sum((1, 2)).tolist() == [2, 1, 0] and torch.isfinite(logp_k).all()
+
+
+# linear_logp
+
+
+def exact(h, W, targets, upstream, temperature):
+    """Values and gradients in float64."""
+    h, W = h.detach().double().requires_grad_(), W.detach().double().requires_grad_()
+    logp = (h @ W.T / temperature).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    return logp.detach(), *torch.autograd.grad(logp, (h, W), upstream.double())
+
+
+CASES = {  # N, C, V, scale of the logits, temperature
+    "small logits, ragged": (37, 9, 203, 0.1, 1.0),
+    "two words": (5, 4, 2, 1.0, 1.0),
+    "temperature": (16, 8, 50, 1.0, 0.7),
+    "large logits": (16, 8, 50, 80.0, 1.0),
+    "one token": (1, 3, 7, 1.0, 1.3),
+    "no token": (0, 4, 9, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("impl", ("naive", "chunked"))
+@pytest.mark.parametrize("case", CASES)
+def test_linear_logp_against_float64(impl, case, monkeypatch):
+    N, C, V, scale, temperature = CASES[case]
+    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 3 * V)  # three rows at a time: chunks, and a ragged last one
+    h = (torch.randn(N, C) * scale / C**0.5).requires_grad_()
+    W = torch.randn(V, C, requires_grad=True)
+    targets = torch.randint(0, V, (N,))
+    upstream = torch.randn(N) * (torch.rand(N) > 0.3)  # signed, a third of them zero
+    logp = mtp.linear_logp(h, W, targets, temperature, impl)
+    got = logp.detach(), *torch.autograd.grad(logp, (h, W), upstream)
+    for a, b in zip(got, exact(h, W, targets, upstream, temperature)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * max(scale, 1))
+
+
+@pytest.mark.parametrize("impl", ("naive", "chunked"))
+def test_linear_logp_of_bfloat16_is_accumulated_in_float32(impl):
+    h, W = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(500, 32).bfloat16().requires_grad_()
+    targets, upstream = torch.randint(0, 500, (64,)), torch.randn(64)
+    logp = mtp.linear_logp(h, W, targets, impl=impl)
+    expected, dh, dW = exact(h, W, targets, upstream, 1.0)
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-4)
+    in_bf16 = (h @ W.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    assert (in_bf16.double() - expected).abs().max() > 1e-2  # what logits in bfloat16 would cost
+    for got, want in zip(torch.autograd.grad(logp, (h, W), upstream), (dh, dW)):
+        assert (got.double() - want).norm() < 4e-3 * want.norm()
+
+
+def test_chunked_gradcheck(monkeypatch):
+    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 10)
+    h, W = torch.randn(6, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    f = lambda h, W: mtp.linear_logp(h, W, torch.tensor([0, 4, 2, 2, 1, 0]), 0.7, "chunked")  # noqa: E731
+    assert torch.autograd.gradcheck(f, (h.requires_grad_(), W.requires_grad_()))
+
+
+def test_linear_logp_keeps_the_shape_and_takes_strides():
+    h = torch.randn(8, 5, 4).transpose(0, 1)[..., ::2]
+    W, targets = torch.randn(7, 4)[:, ::2], torch.randint(0, 7, (8, 5)).T
+    naive, chunked = (mtp.linear_logp(h, W, targets, impl=impl) for impl in ("naive", "chunked"))
+    assert naive.shape == (5, 8)
+    torch.testing.assert_close(naive, chunked)
+    torch.testing.assert_close(naive[2, 3], (W @ h[2, 3]).log_softmax(0)[targets[2, 3]])
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.size = max(getattr(self, "size", 0), t.numel())
+        return out
+
+
+def test_chunked_never_holds_the_logits(monkeypatch):
+    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 4000)
+    h, W = torch.randn(100, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    largest = {}
+    for impl in ("naive", "chunked"):
+        with Largest() as seen:
+            mtp.linear_logp(h, W, torch.zeros(100, dtype=torch.long), impl=impl).sum().backward()
+        largest[impl] = seen.size
+    assert largest == {"naive": 100 * 1000, "chunked": 1000 * 8}  # W's gradient is the largest thing left
+
+
+def test_auto_picks_by_size_and_others_are_refused():
+    assert mtp.pick_impl("auto", 1000, 257) == "naive" and mtp.pick_impl("auto", 1000, 50257) == "chunked"
+    assert mtp.pick_impl("chunked", 1, 2) == "chunked"
+    for impl in ("triton", "fast"):
+        with pytest.raises(ValueError, match=f"impl: '{impl}' is not available here; allowed: auto, naive, chunked"):
+            mtp.linear_logp(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), impl=impl)
