@@ -50,7 +50,7 @@ def build(cfg, tok, device):
 
 
 def read_metrics(folder):
-    """(header, records) of a run. A last line cut short by a crash is left out; any other bad line raises ValueError."""
+    """(header, records) of a run. A last line cut short is left out; any other bad line raises ValueError."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{folder}: not a run: it has no metrics.jsonl")
@@ -70,7 +70,7 @@ def read_metrics(folder):
 
 
 def read_run(folder):
-    """(config as a dict, checkpoint or None) of a run. ValueError, one line, when something there is not what it should be."""
+    """(config as a dict, checkpoint or None) of a run. ValueError when something there is not what it should be."""
     header, _ = read_metrics(folder)
     path = Path(folder) / "ckpt.pt"
     if not path.exists():
@@ -112,8 +112,10 @@ def load_run(folder, device):
 
 
 def evaluate(model, tok, cfg, device):
-    """During training: {eval/score, eval/<suite>}, avg@eval_k on held-out problems in points of 100; the score is the mean
-    of the suites. The same problems and the same random numbers every time."""
+    """During training: {eval/score, eval/<suite>}, avg@eval_k on held-out problems in points of 100.
+
+    The score is the mean of the suites. The same problems and the same random numbers every time.
+    """
     suites = rl.suites_of(cfg.task)
     problems = [p for suite in suites for p in rl.held_out_problems(suite, cfg.difficulty, cfg.eval_problems)]
     with autocast(device):
@@ -141,7 +143,8 @@ def score(folder, k, temperature, problems_a_suite, device):
         problems = rl.held_out_problems(suite, cfg.difficulty, problems_a_suite)
         with autocast(device):
             right = rl.evaluate(model, tok, problems, k, cfg.max_new_tokens, temperature).sum(1).int().tolist()
-        rows.append((suite, [100 * c / k for c in right], [[100 * pass_at_k(k, c, j) for c in right] for j in shown(k)]))
+        passed = [[100 * pass_at_k(k, c, j) for c in right] for j in shown(k)]
+        rows.append((suite, [100 * c / k for c in right], passed))
     return table(rows, k)
 
 
@@ -176,7 +179,7 @@ def row_of(name, n, cells):
 
 
 def group_runs(folders):
-    """{label: [records of each seed]}: runs that differ only in seed and folder are one line. The label says what differs."""
+    """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
     runs = [read_metrics(folder) for folder in folders]
     for folder, (_, records) in zip(folders, runs):
         if not records:
@@ -192,7 +195,7 @@ def group_runs(folders):
 
 
 def series(runs, value):
-    """Steps, mean and half-width of the 95 % band (nan for one run) of value(record) over runs, where every run has it."""
+    """Steps that every run has, mean and half-width of the 95 % band (nan for one run) of value(record) over runs."""
     tables = [{r["step"]: y for r in records if (y := value(r)) is not None} for records in runs]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     y = torch.tensor([[table[s] for s in steps] for table in tables], dtype=torch.float64)
@@ -283,7 +286,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def reporting(prog):
-    """Errors as one line on stderr and an exit code: 2 the user's mistake, 1 a run that broke down, 130 after Ctrl-C."""
+    """Errors as one line on stderr and an exit code: 2 the user's mistake, 1 a run that broke down, 130 Ctrl-C."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,10 +1,10 @@
 """A decoder-only GPT in today's plain form, and sampling from it with a KV cache.
 
 Block (pre-norm):   x = x + attn(norm(x));   x = x + mlp(norm(x));   h = norm(x);   logits = h Wᵀ
-RMSNorm, rotary positions (Su et al. 2021, arXiv 2104.09864), bias-free linears, squared-ReLU MLP, torch's own attention.
+RMSNorm, rotary positions (Su et al. 2021, arXiv 2104.09864), bias-free linears, squared-ReLU MLP, torch's attention.
 
-Padding is always on the right. A causal model never looks right, so training needs no attention mask, no position ids,
-and a row's result cannot depend on how far it was padded. When sampling, row b keeps its tokens in cache columns
+Padding is always on the right. A causal model never looks right, so training needs no attention mask and no position
+ids, and a row's result cannot depend on how far it was padded. When sampling, row b keeps its tokens in cache columns
 0..len_b-1, whatever the lengths of the others; what a longer row left to the right is masked until it is overwritten.
 
 Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · S new positions · C channels ·
@@ -21,8 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-COMPACT = 0.9  # sampling drops finished rows when fewer than this share are alive: below it, copying the cache pays
+COMPACT = 0.9  # sampling drops finished rows once fewer than this share are alive: then copying the cache pays
 
 
 @dataclass
@@ -158,7 +157,7 @@ def pad(rows, device):
 
 
 def choose(logits_BV, temperature, u_B):
-    """Next token and its log-prob. Temperature 0 is greedy; else the inverse of the cumulative distribution at u in [0, 1).
+    """Next token and its log-prob. Temperature 0 is greedy; else the cumulative distribution is inverted at u < 1.
 
     One uniform number decides one token, so a row's sample depends on nothing else in its batch.
     """
@@ -167,22 +166,24 @@ def choose(logits_BV, temperature, u_B):
         token_B = logp_BV.argmax(-1)
     else:
         cdf_BV = logp_BV.exp().cumsum(-1)
-        token_B = torch.searchsorted(cdf_BV, (1 - u_B[:, None]) * cdf_BV[:, -1:]).squeeze(-1)  # never a token with p = 0
+        u_B1 = (1 - u_B[:, None]) * cdf_BV[:, -1:]  # in (0, total]: never a token of probability 0
+        token_B = torch.searchsorted(cdf_BV, u_B1).squeeze(-1)
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 
 @torch.no_grad()
 def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, generator=None):
-    """num_generations samples of each prompt (a list of token-id lists): Samples with B = P·G rows, those of a prompt adjacent.
+    """num_generations samples of each prompt: Samples with B = P·G rows, those of a prompt adjacent.
 
-    A prompt is read once for all of its samples; rows that have finished leave the batch.
+    prompts is a list of token-id lists. Each is read once for all of its samples; finished rows leave the batch.
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
     device, G, R = model.wte.weight.device, num_generations, max_new_tokens
     prompt_PT, length_P = pad(prompts, device)
     T = prompt_PT.size(1) + R
     if T > model.cfg.block_size:
-        raise ValueError(f"prompt of {T - R} tokens + max_new_tokens {R} = {T} exceeds block_size {model.cfg.block_size}")
+        size = model.cfg.block_size
+        raise ValueError(f"prompt of {T - R} tokens + max_new_tokens {R} = {T} exceeds block_size {size}")
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     cache = KVCache(model.cfg, len(prompts), T, device, dtype)
     h = model.hidden(prompt_PT, cache, torch.arange(T - R, device=device).expand_as(prompt_PT), end=T - R)

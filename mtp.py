@@ -2,14 +2,15 @@
 
 Two designs of head, depth k = 1..K, all reading the trunk through the same three things: final hidden states h,
 embedding rows, and the unembedding matrix W.
-  sequential  h^k_t = norm(block_k(P_k [norm(h^{k-1}_t); norm(emb(token_{t+k}))])), h^0 = h   (DeepSeek-V3 §2.2, 2412.19437)
-  parallel    h^k_t = norm(block_k(h_t))                                      (Gloeckle et al. 2024, arXiv 2404.19737)
+  sequential  h^k_t = norm(block_k(P_k [norm(h^{k-1}_t); norm(emb(token_{t+k}))])), h^0 = h
+              (DeepSeek-V3 §2.2, arXiv 2412.19437)
+  parallel    h^k_t = norm(block_k(h_t))  (Gloeckle et al. 2024, arXiv 2404.19737)
   both        logits of depth k at t = W h^k_t, a prediction of token t+1+k; depth 0 is the trunk's own next token
 
 The shift convention, stated here once. Column t of every (B, T-1) array speaks of token t+1, whoever predicts it:
   main      column t comes from hidden state t
   depth k   column t comes from position t-k, which saw tokens ≤ t-k and, if sequential, the embeddings of t-k+1..t;
-            so columns 0..k-1 are invalid. "Aligned" means this: main and MTP log-probs in a column score the same token.
+            so columns 0..k-1 are invalid. "Aligned" means: main and MTP log-probs in a column score the same token.
 
 Dimension key: B sequences · T positions · K depth · V vocabulary · C channels · N tokens
 
@@ -81,7 +82,7 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     if heads:
         depths = heads(door(h_BTC), door(model.wte(tokens_BT)), model.rope(tokens_BT.size(1)))
     masks = [mask_BT, *aligned_masks(mask_BT, len(depths))]
-    hiddens = [h_BTC[:, :-1]] + [F.pad(h, (0, 0, k, 0)) for k, h in enumerate(depths, start=1)]  # position i -> column i+k
+    hiddens = [h_BTC[:, :-1], *(F.pad(h, (0, 0, k, 0)) for k, h in enumerate(depths, 1))]  # position i -> column i+k
     mask_DBT = torch.stack(masks)  # D = 1+K: the trunk, then the depths
     target_DBT = tokens_BT[:, 1:].expand(mask_DBT.shape)
     logp_DBT = torch.zeros(mask_DBT.shape, device=h_BTC.device)
@@ -104,11 +105,11 @@ def pick_impl(impl, n_tokens, vocab_size):
 
 
 def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
-    """log softmax(h @ weight.T / temperature)[targets], float32, with exact gradients for any upstream gradient per token.
+    """log softmax(h @ weight.T / temperature)[targets], float32, with exact gradients for any upstream one per token.
 
     h (..., C), weight (V, C), targets (...) -> logp (...). impl: "naive" holds all (N, V) logits; "chunked" never
     more than CHUNK_LOGITS of them, and computes them again in the backward; "auto" picks by size (pick_impl).
-    Logits, softmax and gradients are accumulated in float32 whatever the input's dtype. Raises ValueError on another impl.
+    Logits, softmax and gradients are accumulated in float32 whatever the input's dtype. ValueError on another impl.
     """
     impl = pick_impl(impl, targets.numel(), weight.size(0))
     if impl not in ("naive", "chunked"):

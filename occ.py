@@ -1,7 +1,7 @@
 """Optimal Coefficient Calibration: how much of the MTP gradient enters the trunk (Wang et al. 2026, arXiv 2605.28184).
 
-θ: the trunk. g = ∇θ J the policy gradient, m = ∇θ J_MTP the gradient of the heads' objective. A step of ascent moves θ by
-η (g + λ m); if J is L-smooth, MTP adds to the guaranteed gain (the paper's decomposition)
+θ: the trunk. g = ∇θ J the policy gradient, m = ∇θ J_MTP the gradient of the heads' objective. A step of ascent moves
+θ by η (g + λ m); if J is L-smooth, MTP adds to the guaranteed gain (the paper's decomposition)
 
     Δ_MTP(λ) = η λ (1 - Lη) c - (L η² λ² / 2) v²        c = <g, m>   first-order correlation
                                                         v² = ‖m‖²   second-order penalty
@@ -11,13 +11,14 @@ OCC follows c/v² without computing g or m. With δ = log π_θ - log π_old on 
 
     λ_t = λ₊ · <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)           the least-squares coefficient of δ_RL on δ_MTP
 
-One mechanism serves every regime: the heads always learn from their own objective with weight 1, and `scale_grad` at the
-three doors of the trunk (hidden states, embedding rows, unembedding) multiplies what goes on into the trunk by λ.
+One mechanism serves every regime: the heads always learn from their own objective with weight 1, and `scale_grad` at
+the three doors of the trunk (hidden states, embedding rows, unembedding) multiplies what goes on into the trunk by λ.
 
 Dimension key: N tokens or numbers, any shape, flattened
 
 Differs: one ratio of sums over all real response tokens of the minibatch, as in the paper; its released code averages
-per-token ratios, padding included (average="ratios"). λ scales gradients at the doors, not the advantages inside the clip.
+per-token ratios, padding included (average="ratios": without the padding). λ scales gradients at the doors; there it
+scales advantages inside the clip, where a negative one changes the side that is clipped.
 """
 
 from typing import NamedTuple
@@ -26,8 +27,8 @@ import torch
 
 
 class Regime(NamedTuple):
-    objective: str | None  # what the heads maximise: "ce" the log-prob of sampled tokens, "policy" the clipped policy objective
-    rule: str  # how λ is set: "cut" 0 · "fixed" --lam · "proxy" from log-probs or hidden states · "exact" from g and m
+    objective: str | None  # of the heads: "ce" the log-prob of sampled tokens, "policy" the clipped policy objective
+    rule: str  # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs or hidden states · "exact" from g and m
 
 
 REGIMES = {
@@ -55,7 +56,7 @@ class _ScaleGrad(torch.autograd.Function):
 def scale_grad(x, lam):
     """x forward; λ times the gradient backward.
 
-    lam is a number, or a tensor of one element which is read during the backward: it may be filled in after the forward,
+    lam is a number, or a tensor of one element that is read during the backward: it may be filled in after the forward,
     when log-probs are known. A number 0 cuts the graph.
     """
     if isinstance(lam, torch.Tensor):
@@ -82,7 +83,7 @@ def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8, average="su
 
 
 def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
-    """λ from the gradients of both objectives with respect to the trunk's hidden states: λ₊ <a, b> / (‖b‖² + ε).
+    """λ from the gradients a, b of both objectives at the trunk's hidden states: λ₊ <a, b> / (‖b‖² + ε).
 
     Not in the paper. Both objectives reach the trunk mostly through these states (the bound of Sener & Koltun 2018,
     arXiv 1810.04650), and their gradients there cost one backward through the heads, none through the trunk.
@@ -125,10 +126,10 @@ def split_terms(g_a, m_a, g_b, m_b):
 
 
 def coefficient(out, trunk, cfg):
-    """λ of one minibatch by the rule of cfg.regime, with the ĉ and v̂² of its proxy (sums over tokens, or products at h).
+    """λ of one minibatch by the rule of cfg.regime, and the ĉ and v̂² of its proxy (sums over tokens, or products at h).
 
-    out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states at
-    the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. Only "hidden" and "exact"
+    out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states
+    at the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. Only "hidden" and "exact"
     differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}).
     """
     rule, a, b = REGIMES[cfg.regime].rule, out.delta_rl_N, out.delta_mtp_N

@@ -6,7 +6,7 @@
     J = sum_t w_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A)        the objective; losses are -J
 
 The problems are six suites of arithmetic. All numbers in them are written least significant digit first and at a fixed
-width, as one computes on paper, from the right (Lee et al. 2023, arXiv 2307.03381): 47 + 85 = 132 is "740+580=####2310".
+width, as one computes on paper, from the right (Lee et al. 2023, arXiv 2307.03381): 47 + 85 = 132 is "74+58=####231".
 Each suite has one place where care is needed, the carry. A careful solution never forgets it; a careless one forgets
 each carry with probability 1/2. A base model pretrained on both has the skill but shows it half of the time; RL, which
 can hardly teach a new skill in minutes, brings it out.
@@ -19,9 +19,10 @@ import hashlib
 import itertools
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -37,7 +38,7 @@ ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 
 
 @functools.cache
 def get_tokenizer(name):
-    """"bytes": one token a byte, offline. "gpt2": tiktoken's own, fetched at first use. Both have eot_token. ValueError else."""
+    """A tiktoken.Encoding: "bytes" has a token a byte, "gpt2" is fetched at first use. ValueError else."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256})
@@ -67,7 +68,7 @@ def write(x, n):
 
 
 def columns(column_sum, width, forget):
-    """Column arithmetic: the digits of sum_i column_sum(i)·10^i, lowest first. A carry or borrow is lost when forget()."""
+    """Column arithmetic: the digits of sum_i column_sum(i)·10^i, lowest first. A carry is lost when forget()."""
     digits, carry = "", 0
     for i in range(width):
         s = column_sum(i) + (carry if carry and not forget() else 0)
@@ -148,11 +149,11 @@ SUITES = {
 
 
 def suites_of(task):
-    """"arithmetic" is all six; else a comma list of their names. Raises ValueError on an unknown one."""
+    """Names from a comma list; all six for "arithmetic". Raises ValueError on an unknown one."""
     names = list(SUITES) if task == "arithmetic" else task.split(",")
     for name in names:
         if name not in SUITES:
-            raise ValueError(f"task: unknown suite {name!r}; allowed: arithmetic, or a comma list of {', '.join(SUITES)}")
+            raise ValueError(f"--task: unknown suite {name!r}; allowed: arithmetic, or some of {','.join(SUITES)}")
     return names
 
 
@@ -224,14 +225,14 @@ def parse_number(text):
     if match is None:
         return None
     sign, numerator, sign_below, denominator = (group or "" for group in match.groups())
-    top, below = Fraction("0" + numerator.replace(",", "")), Fraction("0" + denominator.replace(",", "") if denominator else 1)
+    top, below = (Fraction("0" + part.replace(",", "")) for part in (numerator, denominator or "1"))
     if below == 0:
         return None
     return (-1 if (sign == "-") != (sign_below == "-") else 1) * top / below
 
 
 def answers_equal(gold, candidate):
-    """Whether two answers are the same number, exactly, or else the same text up to case and spaces. None equals nothing."""
+    """Whether two answers are the same number, exactly, or else the same text but for case and spaces. None is not."""
     if gold is None or candidate is None:
         return False
     a, b = parse_number(gold), parse_number(candidate)
@@ -262,7 +263,7 @@ def overlong_penalty(length_B, max_new_tokens):
 
 
 def informative(reward_PG):
-    """(P,) True where the samples of a prompt differ in reward. The others have zero advantage: they carry no gradient."""
+    """(P,) True where the samples of a prompt differ in reward. The others have zero advantage, hence no gradient."""
     return reward_PG.amax(1) > reward_PG.amin(1)
 
 
@@ -309,9 +310,10 @@ def collect(model, tok, problems, algo, cfg, generator):
 class Algo:
     """What tells one policy-gradient method from another."""
 
-    advantage: str = "group_std"  # group_std: (r - mean)/std of the group · group: r - mean · loo: r - mean of the others ·
-    # batch: r - mean of the batch
-    loss_agg: str = "token"  # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
+    # group_std: (r - mean)/std of the group · group: r - mean · loo: r - mean of the others · batch: r - mean of all
+    advantage: str = "group_std"
+    # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
+    loss_agg: str = "token"
     ratio: str = "token"  # token · sequence: geometric mean over the sequence · none: plain -A log p
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
@@ -331,8 +333,10 @@ ALGOS = {
 
 
 def advantages(reward_PG, kind):
-    """(P, G) rewards -> (P, G) advantages; see Algo.advantage. Groups of equal rewards get exactly 0 from all kinds but
-    "batch", whose baseline is not theirs."""
+    """(P, G) rewards -> (P, G) advantages; see Algo.advantage.
+
+    Groups of equal rewards get exactly 0 from all kinds but "batch", whose baseline is not theirs.
+    """
     G = reward_PG.size(1)
     if kind == "batch":
         return reward_PG - reward_PG.mean()
@@ -361,7 +365,7 @@ def token_weights(mask_BT, loss_agg, max_new_tokens):
 def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo):
     """The clipped policy-gradient loss, and what happened to the ratio: for the trunk and, alike, for an MTP head.
 
-    All (B, T-1) but adv_B. Returns loss (a scalar, -J) and {clip_frac_low, clip_frac_high, ratio_max} over masked tokens.
+    All (B, T-1) but adv_B. Returns loss (a scalar, -J) and clip_frac_low, clip_frac_high, ratio_max of masked tokens.
     """
     adv_BT = adv_B[:, None]
     log_ratio_BT = torch.where(mask_BT, logp_BT - logp_old_BT, 0.0)
@@ -379,12 +383,12 @@ def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo):
         high_BT = mask_BT & (ratio_BT > 1 + algo.clip_eps_high) & (adv_BT > 0)
     loss = -(weight_BT * surrogate_BT).sum()
     n = mask_BT.sum().clamp(min=1)
-    stats = {"clip_frac_low": low_BT.sum() / n, "clip_frac_high": high_BT.sum() / n, "ratio_max": ratio_BT.detach().max()}
-    return loss, stats
+    stats = {"clip_frac_low": low_BT.sum() / n, "clip_frac_high": high_BT.sum() / n}
+    return loss, stats | {"ratio_max": ratio_BT.detach().max()}
 
 
 def k3_kl(logp_BT, logp_ref_BT, weight_BT):
-    """KL(policy, reference), estimated on the policy's own samples by r - 1 - log r ≥ 0, r = p_ref / p (Schulman 2020)."""
+    """KL(policy, reference) on the policy's own samples, estimated by r - 1 - log r ≥ 0, r = p_ref/p (Schulman)."""
     log_r = (logp_ref_BT - logp_BT).clamp(-20, 20)
     return (weight_BT * (log_r.exp() - 1 - log_r)).sum()
 
@@ -500,7 +504,7 @@ def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
 
 
 def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768):
-    """(number of problems, k) 0/1 results on `problems`, at most `rows` sequences at a time. Same seed, same random numbers."""
+    """(number of problems, k) 0/1 results, at most `rows` sequences at a time. Same seed, same random numbers."""
     generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
     parts = [problems[i : i + rows // G] for i in range(0, len(problems), max(rows // G, 1))]
     right = [rollout(model, tok, part, G, max_new_tokens, temperature, generator)[2] for part in parts]

@@ -6,8 +6,8 @@
 
 The loop is the paper's algorithm (arXiv 2605.28184 §4), with θ the trunk, φ the heads, and losses = -objectives:
 
-    sample with π_old;  A = advantage(rewards);  for each minibatch:  δ = log π - log π_old of the trunk and of the heads
-    λ_t = λ₊ <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε);    θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);    φ -= η ∇ loss_mtp     (η: Adam's)
+    sample with π_old;  A = advantage(rewards);  for each minibatch:  δ = log π - log π_old of the trunk and the heads
+    λ_t = λ₊ <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε);    θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);    φ -= η ∇ loss_mtp    (η: Adam's)
 
 A run is a folder: metrics.jsonl (first line: config, seed, commit, versions, device), ckpt.pt, samples.txt, curves.png.
 Every random number is derived from (seed, purpose, step), so a resumed run needs no generator states.
@@ -69,7 +69,7 @@ class Config:
     lam_plus: float = 1.0  # scale of lambda_t in the regimes occ and exact
     occ_proxy: Literal["logprob", "hidden"] = "logprob"  # the paper's, or gradients at the hidden states
     occ_average: Literal["sums", "ratios"] = "sums"  # a ratio of sums (paper) or a mean of ratios (released code)
-    mtp_base: Literal["mtp", "main"] = "mtp"  # whose old log-prob the heads start from: their own, or main (released code)
+    mtp_base: Literal["mtp", "main"] = "mtp"  # old log-prob of the heads: their own, or main (released code)
     lam_scope: Literal["trunk", "all"] = "trunk"  # what lambda scales; all: also what the heads learn (released code)
     # one detail of the method changed; by default what --algo says
     advantage: Literal[None, "group_std", "group", "loo", "batch"] = None  # baseline and scale of the rewards
@@ -104,22 +104,28 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
 
     def __post_init__(self):
-        may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high dual_clip kl_coef"
+        def need(name, ok, allowed):
+            if not ok:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+
+        may_be_zero = (
+            "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high dual_clip kl_coef"
+        )
         for f in dataclasses.fields(self):
             value, literals = getattr(self, f.name), get_args(f.type)
             if isinstance(value, str) and literals:
-                _check(value in literals, f.name, value, f"one of {', '.join(filter(None, literals))}")
+                need(f.name, value in literals, f"one of {', '.join(filter(None, literals))}")
             if isinstance(value, (int, float)) and not isinstance(value, bool) and f.name not in ("lam", "lam_plus"):
                 zero = f.name in may_be_zero.split()
-                _check(0 < value < float("inf") or zero and value == 0, f.name, value, "0 or more" if zero else "above 0")
-        _check(self.careless <= 1, "careless", self.careless, "a share from 0 to 1")
-        _check(self.difficulty <= 8, "difficulty", self.difficulty, "1 to 8")
-        _check(self.n_embd % (2 * self.n_head) == 0, "n_embd", self.n_embd, f"a multiple of 2·n_head = {2 * self.n_head}")
-        _check(self.updates_per_rollout <= self.prompts_per_step, "updates_per_rollout", self.updates_per_rollout,
-               f"at most prompts_per_step = {self.prompts_per_step}")  # fmt: skip
-        _check(self.num_generations > 1 or self.algorithm().advantage == "batch", "num_generations", self.num_generations,
-               "2 or more: an advantage relative to the group needs one (or choose --advantage batch)")  # fmt: skip
-        _check(self.device != "cuda" or torch.cuda.is_available(), "device", self.device, "cpu here: torch finds no CUDA")
+                need(f.name, 0 < value < float("inf") or zero and value == 0, "0 or more" if zero else "above 0")
+        need("careless", self.careless <= 1, "a share from 0 to 1")
+        need("difficulty", self.difficulty <= 8, "1 to 8")
+        need("n_embd", self.n_embd % (2 * self.n_head) == 0, f"a multiple of 2·n_head = {2 * self.n_head}")
+        most = self.prompts_per_step
+        need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
+        alone = self.algorithm().advantage == "batch"
+        need("num_generations", self.num_generations > 1 or alone, "2 or more (1 only with --advantage batch)")
+        need("device", self.device != "cuda" or torch.cuda.is_available(), "cpu here: torch finds no CUDA")
         rl.suites_of(self.task)
         self.out = self.out or f"out/{self.task.replace(',', '+')}-{self.regime}-s{self.seed}"
 
@@ -127,11 +133,6 @@ class Config:
         """The method that --algo names, with the details that were given by flags."""
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(rl.Algo) if f.name != "ratio"}
         return dataclasses.replace(rl.ALGOS[self.algo], **{k: v for k, v in given.items() if v is not None})
-
-
-def _check(ok, name, value, allowed):
-    if not ok:
-        raise ValueError(f"--{name} {value}: must be {allowed}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def pretrain(cfg, tok, model, heads, device, stop):
     inside = {name for name, p in named if p.ndim == 2 and "wte" not in name and "lm_head" not in name}
     optimizers = [
         torch.optim.Muon([p for name, p in named if name in inside], lr=7 * cfg.pretrain_lr, weight_decay=0.0),
-        torch.optim.AdamW([p for name, p in named if name not in inside], lr=cfg.pretrain_lr, betas=(0.9, 0.98), fused=True),
+        torch.optim.AdamW([p for name, p in named if name not in inside], cfg.pretrain_lr, (0.9, 0.98), fused=True),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     bar = tqdm(range(cfg.pretrain_steps), "pretrain", disable=None)
@@ -184,7 +185,7 @@ def pretrain(cfg, tok, model, heads, device, stop):
 
 
 def pretrained(cfg, tok, device, stop):
-    """Trunk and heads after pretraining: from the cache, if all that determines them (data, sizes, code) is the same."""
+    """Trunk and heads after pretraining: from the cache, if all that determines them (data, sizes, code) is there."""
     model, heads = evaluation.build(cfg, tok, device)
     names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_d"))]
     names += ["task", "difficulty", "careless", "tokenizer", "seed", "tied", "max_new_tokens"]
@@ -219,7 +220,7 @@ def save_atomically(state, path):
 
 
 class Run:
-    """The folder of one run: metrics.jsonl and samples.txt, which only grow, and ckpt.pt, which says how far they count."""
+    """The folder of one run: metrics.jsonl and samples.txt only grow; ckpt.pt says how far they count."""
 
     def __init__(self, cfg, ckpt=None):
         """Open a run's folder to go on; what its files hold from after the checkpoint (without one: all) is cut off."""
@@ -230,7 +231,7 @@ class Run:
         self.files = {name: open(self.dir / name, "a", encoding="utf-8") for name in sizes}
         for name, f in self.files.items():
             if f.tell() < sizes[name]:
-                raise ValueError(f"{f.name}: shorter than when {self.dir / 'ckpt.pt'} was written ({sizes[name]} bytes)")
+                raise ValueError(f"{f.name}: shorter than the {sizes[name]} bytes it had when ckpt.pt was written")
             f.truncate(sizes[name])
 
     @classmethod
@@ -242,14 +243,18 @@ class Run:
             "config": dataclasses.asdict(cfg),
             "seed": cfg.seed,
             "commit": _commit(),
-            "versions": {"nanoocc": evaluation.VERSION, "python": platform.python_version(), "torch": torch.__version__},
+            "versions": {
+                "nanoocc": evaluation.VERSION,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         }
         try:
             with open(folder / "metrics.jsonl", "x", encoding="utf-8") as f:
                 f.write(json.dumps(first) + "\n")
         except FileExistsError:
-            raise ValueError(f"--out {folder}: holds a run already; go on with --resume {folder}, or name another") from None
+            raise ValueError(f"--out {folder}: holds a run; go on with --resume {folder}, or name another") from None
         return cls(cfg)
 
     def log(self, record):
@@ -267,7 +272,13 @@ class Run:
             f.flush()
             os.fsync(f.fileno())
         sizes = {name: f.tell() for name, f in self.files.items()}
-        state = {"version": evaluation.VERSION, "step": step, "seconds": self.seconds(), "sizes": sizes, "scores": scores}
+        state = {
+            "version": evaluation.VERSION,
+            "step": step,
+            "seconds": self.seconds(),
+            "sizes": sizes,
+            "scores": scores,
+        }
         state |= {"model": model.state_dict(), "heads": heads.state_dict() if heads else None}
         save_atomically(state | {"optimizer": optimizer.state_dict()}, self.dir / "ckpt.pt")
         self.saved = step
@@ -291,14 +302,14 @@ def _commit():
 
 
 def doors(cfg, lam):
-    """(what the doors of the trunk multiply the MTP gradient by, what the MTP loss is multiplied by) for a tensor lam."""
+    """What the doors of the trunk multiply the MTP gradient by, and what the MTP loss is multiplied by."""
     if occ.REGIMES[cfg.regime].rule == "cut":
         return 0.0, 1.0
     return (lam, 1.0) if cfg.lam_scope == "trunk" else (1.0, lam)
 
 
 def summary(updates):
-    """One step's updates as one record: means, but maxima of ratio_max, and the last λ_t with its terms (the first is 0)."""
+    """One step's updates as one record: means, but maxima of ratio_max, and of occ/ the last (the first λ_t is 0)."""
     record = {}
     for name in {name: None for update in updates for name in update}:
         values = [float(update[name]) for update in updates if name in update]
@@ -309,7 +320,7 @@ def summary(updates):
 
 
 def main(cfg, ckpt=None, resume=False, stop=()):
-    """Run, or go on with the run in cfg.out from its checkpoint (from its start, if ckpt is None). Returns the exit code.
+    """Run, or go on with the run in cfg.out from its checkpoint (None: from its start). Returns the exit code.
 
     stop turns true when the user asks for an end. Raises ValueError or OSError where the user is to blame,
     FloatingPointError on a loss that is not finite.
@@ -320,8 +331,8 @@ def main(cfg, ckpt=None, resume=False, stop=()):
     if regime.rule == "proxy" and cfg.updates_per_rollout == 1:
         tqdm.write("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
 
-    model, heads = (pretrained(cfg, tok, device, stop) if ckpt is None or algo.kl_coef else
-                    evaluation.build(cfg, tok, device))  # fmt: skip
+    fresh = ckpt is None or algo.kl_coef  # a KL needs the base even when resuming
+    model, heads = pretrained(cfg, tok, device, stop) if fresh else evaluation.build(cfg, tok, device)
     reference = copy.deepcopy(model).requires_grad_(False) if algo.kl_coef else None
     heads = heads if regime.objective else None
     trunk, phi = list(model.parameters()), list(heads.parameters()) if heads else []
@@ -386,7 +397,8 @@ def main(cfg, ckpt=None, resume=False, stop=()):
             scores.append(record["eval/score"])
             run.show(step, examples)
         run.log(record)
-        bar.set_postfix(reward=f"{record['reward/mean']:.2f}", score=f"{scores[-1]:.1f}", lam=f"{record.get('occ/lam', 0):.3f}")
+        reward, lam = record["reward/mean"], record.get("occ/lam", 0.0)
+        bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             run.save(step, model, heads, optimizer, scores)
         if stop and step < cfg.steps:
@@ -407,7 +419,7 @@ def command_line(argv):
     """Arguments -> (config, checkpoint or None, whether to resume). The flags are the fields of Config."""
     parser = evaluation.Parser(__doc__, argument_default=evaluation.SUPPRESS)
     parser.add_fields(Config)
-    parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with, to --steps if that is given too")
+    parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with (to --steps, if given)")
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume", None)
     if folder is None:

@@ -33,7 +33,7 @@ def tiny(vocab=11, layers=2, channels=16, tied=False, depth=2, design="sequentia
 
 
 def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
-    """Right-padded random sequences with (prompt, response) lengths: tokens (B, T) and mask (B, T-1) of response tokens."""
+    """Right-padded random sequences of (prompt, response) lengths: tokens (B, T), mask (B, T-1) of response tokens."""
     generator = torch.Generator().manual_seed(seed)
     T = max(p + r for p, r in lengths)
     tokens = torch.randint(1, vocab, (len(lengths), T), generator=generator)
@@ -43,15 +43,14 @@ def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
     return tokens, ((t >= p) & (t < p + r))[:, 1:]
 
 
-SMALL = dict(
-    n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, steps=4, prompts_per_step=4, num_generations=4,
-    updates_per_rollout=2, max_new_tokens=6, eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every=2, device="cpu",
-)  # fmt: skip
+SMALL = dict(n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu")
+SMALL |= dict(steps=4, prompts_per_step=4, num_generations=4, updates_per_rollout=2, max_new_tokens=6)
+SMALL |= dict(eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every=2)
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Makes a Config of a run that takes a fraction of a second; rewards are a coin decided by the completion's text."""
+    """Makes a Config of a run that takes a fraction of a second; rewards are a coin tossed by the completion."""
     monkeypatch.setattr(rl, "extract_answer", lambda text: text)
     monkeypatch.setattr(rl, "answers_equal", lambda gold, text: zlib.crc32(text.encode()) % 2 == 0)
 

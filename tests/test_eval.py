@@ -49,7 +49,10 @@ def test_table_weighs_suites_alike():
 
 
 def test_series_over_seeds():
-    runs = [[{"step": 0, "y": 1.0}, {"step": 1, "y": 2.0}, {"step": 2}], [{"step": 0, "y": 3.0}, {"step": 1, "y": 2.0}, {"step": 2, "y": 9}]]
+    runs = [
+        [{"step": 0, "y": 1.0}, {"step": 1, "y": 2.0}, {"step": 2}],
+        [{"step": 0, "y": 3.0}, {"step": 1, "y": 2.0}, {"step": 2, "y": 9}],
+    ]
     steps, mean, half = evaluation.series(runs, lambda r: r.get("y"))
     assert (steps, mean) == ([0, 1], [2.0, 2.0])  # only steps that every run has
     assert half == pytest.approx([12.71 * math.sqrt(2) / math.sqrt(2), 0.0])
@@ -93,7 +96,11 @@ def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path
         train.main(cfg)
         (Path(cfg.out) / "ckpt.pt").unlink()
         folders.append(cfg.out)
-    assert {label: len(runs) for label, runs in evaluation.group_runs(folders).items()} == {"occ": 2, "detach": 1, "off": 1}
+    assert {label: len(runs) for label, runs in evaluation.group_runs(folders).items()} == {
+        "occ": 2,
+        "detach": 1,
+        "off": 1,
+    }
     other = small("e", lr=1e-3)
     train.main(other)
     assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0003", "occ lr=0.001"}

@@ -69,7 +69,10 @@ def test_mean_of_ratios_is_the_released_code_and_is_noisier():
     a, b = deltas[0]
     by_hand = sum(x * y / (y * y + 1e-8) for x, y in zip(a.tolist(), b.tolist())) / 300
     assert occ.logprob_coefficient(a, b, average="ratios").item() == pytest.approx(by_hand, rel=1e-4)
-    spread = {how: torch.stack([occ.logprob_coefficient(a, b, average=how) for a, b in deltas]).std() for how in ("sums", "ratios")}
+    spread = {
+        how: torch.stack([occ.logprob_coefficient(a, b, average=how) for a, b in deltas]).std()
+        for how in ("sums", "ratios")
+    }
     assert spread["ratios"] > 10 * spread["sums"]
 
 
@@ -77,7 +80,7 @@ def test_mean_of_ratios_is_the_released_code_and_is_noisier():
 
 
 def quadratic(L, g, step):
-    """J(θ + step) - J(θ) of the concave quadratic with gradient g and curvature -L everywhere: L-smooth, with equality."""
+    """J(θ + step) - J(θ) of the quadratic with gradient g and curvature -L everywhere: L-smooth, with equality."""
     return (g @ step - L / 2 * step @ step).item()
 
 
@@ -110,7 +113,12 @@ def test_split_halves_remove_the_covariance_of_the_noise():
         noise = [torch.randn(50) for _ in range(2)]
         (g_a, m_a), (g_b, m_b) = ((G / 2 + n, M / 2 + n + 0.5 * torch.randn(50)) for n in noise)
         terms, halves = occ.exact_terms(g_a + g_b, m_a + m_b), occ.split_terms(g_a, m_a, g_b, m_b)
-        plain.append(terms["c"]), split.append(halves["c_split"]), v2.append(terms["v2"]), v2_split.append(halves["v2_split"])
+        (
+            plain.append(terms["c"]),
+            split.append(halves["c_split"]),
+            v2.append(terms["v2"]),
+            v2_split.append(halves["v2_split"]),
+        )
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     error = lambda values: torch.tensor(values).std().item() / math.sqrt(len(values))  # noqa: E731
     c, m2 = (G @ M).item(), (M @ M).item()
@@ -120,7 +128,9 @@ def test_split_halves_remove_the_covariance_of_the_noise():
 
 def test_exact_terms():
     g, m = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
-    assert occ.exact_terms(g, m, 2.0) == pytest.approx({"c": 1, "v2": 10, "g2": 5, "cos": 1 / math.sqrt(50), "lam_star": 0.2})
+    assert occ.exact_terms(g, m, 2.0) == pytest.approx(
+        {"c": 1, "v2": 10, "g2": 5, "cos": 1 / math.sqrt(50), "lam_star": 0.2}
+    )
     assert occ.exact_terms(g, 0 * m)["lam_star"] == 0
 
 
@@ -130,17 +140,40 @@ def test_exact_terms():
 def parts_of(model):
     named = dict(model.named_parameters())
     if model.cfg.tied:
-        return {"shared matrix": [named["wte.weight"]], "blocks": list(model.blocks.parameters()), "norm": [named["norm_out.weight"]]}
-    return {"embedding": [named["wte.weight"]], "blocks": list(model.blocks.parameters()), "norm": [named["norm_out.weight"]],
-            "unembedding": [named["lm_head.weight"]]}  # fmt: skip
+        return {
+            "shared matrix": [named["wte.weight"]],
+            "blocks": list(model.blocks.parameters()),
+            "norm": [named["norm_out.weight"]],
+        }
+    return {
+        "embedding": [named["wte.weight"]],
+        "blocks": list(model.blocks.parameters()),
+        "norm": [named["norm_out.weight"]],
+        "unembedding": [named["lm_head.weight"]],
+    }
 
 
 def setting(tied, design, impl, regime, **changes):
     model, heads = tiny(tied=tied, design=design)
     tokens, mask = batch()
-    cfg = SimpleNamespace(**{**dict(temperature=1.0, logp_impl=impl, mtp_base="mtp", regime=regime, lam=0.5, lam_plus=1.0,
-                                    occ_proxy="logprob", occ_average="sums", updates_per_rollout=1, num_generations=2,
-                                    max_new_tokens=8), **changes})  # fmt: skip
+    cfg = SimpleNamespace(
+        **{
+            **dict(
+                temperature=1.0,
+                logp_impl=impl,
+                mtp_base="mtp",
+                regime=regime,
+                lam=0.5,
+                lam_plus=1.0,
+                occ_proxy="logprob",
+                occ_average="sums",
+                updates_per_rollout=1,
+                num_generations=2,
+                max_new_tokens=8,
+            ),
+            **changes,
+        }
+    )
     samples = rl.Samples(*(torch.nn.functional.pad(x, (1, 0)) for x in (tokens[:, 1:], mask, mask * -1.0)))
     samples = samples._replace(tokens_BT=tokens)
     adv, objective = torch.tensor([1.0, -1.0, 0.5, -0.5]), occ.REGIMES[regime].objective
@@ -175,11 +208,20 @@ def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
             assert full.norm() > 0, name
         torch.testing.assert_close(got, value * full, rtol=1e-3, atol=1e-7)
         head_grads = torch.autograd.grad(opened.mtp, list(heads.parameters()))
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(phi, head_grads))  # λ does not touch their own learning
+        assert all(
+            torch.allclose(a, b, atol=1e-6) for a, b in zip(phi, head_grads)
+        )  # λ does not touch their own learning
 
 
 def test_coefficient_of_each_regime():
-    for regime, changes in (("ce", {}), ("policy", {}), ("detach", {}), ("occ", {}), ("occ", {"occ_proxy": "hidden"}), ("exact", {})):
+    for regime, changes in (
+        ("ce", {}),
+        ("policy", {}),
+        ("detach", {}),
+        ("occ", {}),
+        ("occ", {"occ_proxy": "hidden"}),
+        ("exact", {}),
+    ):
         model, heads, mb, cfg, objective = setting(False, "sequential", "naive", regime, **changes)
         trunk = list(model.parameters())
         out = rl.losses(model, heads, mb, rl.ALGOS["dapo"], objective, cfg, False, torch.ones(()))

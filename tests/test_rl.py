@@ -14,8 +14,9 @@ import mtp
 import occ
 import rl
 
-CFG = SimpleNamespace(temperature=1.0, logp_impl="naive", mtp_base="mtp", updates_per_rollout=2, num_generations=2,
-                      max_new_tokens=8)  # fmt: skip
+CFG = SimpleNamespace(
+    temperature=1.0, logp_impl="naive", mtp_base="mtp", updates_per_rollout=2, num_generations=2, max_new_tokens=8
+)
 
 
 def test_tokenizers():
@@ -84,7 +85,7 @@ def test_a_suite_with_few_problems_gives_what_it_has():
 
 def test_unknown_suite():
     assert rl.suites_of("add,mul") == ["add", "mul"]
-    with pytest.raises(ValueError, match="task: unknown suite 'gsm'; allowed: arithmetic, or a comma list of add, sub"):
+    with pytest.raises(ValueError, match="--task: unknown suite 'gsm'; allowed: arithmetic, or some of add,sub"):
         rl.suites_of("add,gsm")
 
 
@@ -110,11 +111,40 @@ def test_extract_answer(text, answer):
     assert rl.extract_answer(text) == answer
 
 
-EQUAL = [("7", "7"), ("7", " 7. "), ("1,234", "1234"), ("1234", "$1,234.00"), ("0.5", "1/2"), ("-3/4", "3/-4"), ("-3", "\u22123"),
-         ("+5", "5"), ("007", "7"), (".5", "0.50"), ("2/4", "0.5"), ("1.5/3", "1/2"), ("Blue  Whale", "blue whale")]  # fmt: skip
-UNEQUAL = [("7", "8"), ("7", "-7"), ("1,23", "123"), ("0.333", "1/3"), ("1", "1/0"), ("7", "7 apples"), ("7", ""), ("7", None),
-           (None, None), (None, "7"), ("12", "1 2"), ("7", "6.9999999999999999999"), ("1234", "1,2,34"), ("10", "٣"), ("4", "2**2"),
-           ("4", "2+2"), ("1e3", "1000")]  # fmt: skip
+EQUAL = [
+    ("7", "7"),
+    ("7", " 7. "),
+    ("1,234", "1234"),
+    ("1234", "$1,234.00"),
+    ("0.5", "1/2"),
+    ("-3/4", "3/-4"),
+    ("-3", "\u22123"),
+    ("+5", "5"),
+    ("007", "7"),
+    (".5", "0.50"),
+    ("2/4", "0.5"),
+    ("1.5/3", "1/2"),
+    ("Blue  Whale", "blue whale"),
+]
+UNEQUAL = [
+    ("7", "8"),
+    ("7", "-7"),
+    ("1,23", "123"),
+    ("0.333", "1/3"),
+    ("1", "1/0"),
+    ("7", "7 apples"),
+    ("7", ""),
+    ("7", None),
+    (None, None),
+    (None, "7"),
+    ("12", "1 2"),
+    ("7", "6.9999999999999999999"),
+    ("1234", "1,2,34"),
+    ("10", "٣"),
+    ("4", "2**2"),
+    ("4", "2+2"),
+    ("1e3", "1000"),
+]
 
 
 def test_answers_equal():
@@ -125,8 +155,20 @@ def test_answers_equal():
 
 
 def test_hostile_text_is_neither_evaluated_nor_slow():
-    hostile = ["9**9**9**9", "1e999999999", "__import__('os').system('false')", "{" * 10_000, "1" * 1_000_000, "1," * 100_000,
-               "-" * 100_000, "{}" * 500_000, "1/" * 50_000, "\\boxed{" * 10_000, "#" * 100_000, "0." + "0" * 1_000_000 + "1"]  # fmt: skip
+    hostile = [
+        "9**9**9**9",
+        "1e999999999",
+        "__import__('os').system('false')",
+        "{" * 10_000,
+        "1" * 1_000_000,
+        "1," * 100_000,
+        "-" * 100_000,
+        "{}" * 500_000,
+        "1/" * 50_000,
+        "\\boxed{" * 10_000,
+        "#" * 100_000,
+        "0." + "0" * 1_000_000 + "1",
+    ]
     for text in hostile:
         began = time.perf_counter()
         assert not rl.answers_equal("7", text)
@@ -352,7 +394,9 @@ def test_minibatches_are_whole_groups_and_old_logprobs_are_those_of_the_rollout(
     logp, logp_k, _, _ = mtp.logprobs(model, heads, tokens, mask)
     torch.testing.assert_close(torch.cat([mb.logp_old_BT for mb in parts]), logp)
     torch.testing.assert_close(torch.cat([mb.logp_old_KBT for mb in parts], 1), logp_k)
-    assert all(mb.weight_BT.sum() == pytest.approx(1) and mb.weight_KBT.sum((1, 2)).allclose(torch.ones(2)) for mb in parts)
+    assert all(
+        mb.weight_BT.sum() == pytest.approx(1) and mb.weight_KBT.sum((1, 2)).allclose(torch.ones(2)) for mb in parts
+    )
 
 
 def test_agreement_is_the_overlap_of_the_two_distributions():
@@ -401,7 +445,10 @@ def test_mtp_loss_and_deltas_by_hand(objective):
             expected, _ = rl.policy_loss(logp_k[k], mb.logp_old_KBT[k], mb.adv_B, valid[k], weight, rl.ALGOS["dapo"])
         torch.testing.assert_close(out.stats[f"mtp/loss_{k + 1}"], expected.detach())
     torch.testing.assert_close(out.mtp, (out.stats["mtp/loss_1"] + out.stats["mtp/loss_2"]) / 2)
-    delta = [[(logp_k - mb.logp_old_KBT)[k, b, t].item() for k in range(2) if valid[k, b, t]] for b, t in mb.mask_BT.nonzero()]
+    delta = [
+        [(logp_k - mb.logp_old_KBT)[k, b, t].item() for k in range(2) if valid[k, b, t]]
+        for b, t in mb.mask_BT.nonzero()
+    ]
     torch.testing.assert_close(out.delta_mtp_N, torch.tensor([sum(d) / len(d) for d in delta if d]))
     assert len(out.delta_rl_N) == sum(map(bool, delta))
 

@@ -52,8 +52,10 @@ def test_a_run_of_each_regime(small, regime, capsys):
     assert set(header) == {"config", "seed", "commit", "versions", "device"} and header["config"]["regime"] == regime
     records = metrics(cfg, clock=True)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
-    keys = "reward/mean reward/frac_zero_std response_length/mean actor/loss actor/clip_frac_low actor/clip_frac_high " \
-           "actor/entropy actor/ratio_max grad_norm/trunk grad_norm/heads perf/rollout_s perf/update_s perf/tokens_per_s"  # fmt: skip
+    keys = (
+        "reward/mean reward/frac_zero_std response_length/mean actor/loss actor/clip_frac_low actor/clip_frac_high "
+        "actor/entropy actor/ratio_max grad_norm/trunk grad_norm/heads perf/rollout_s perf/update_s perf/tokens_per_s"
+    )
     heads = "mtp/loss_1 mtp/loss_2 mtp/ratio_max_2 mtp/clip_frac_2 mtp/agreement_2 occ/lam occ/c_hat occ/v2_hat"
     probes = "occ/c occ/v2 occ/cos occ/lam_star occ/c_split"
     assert set(keys.split()) <= set(records[1])
@@ -99,7 +101,12 @@ def test_pretraining_is_shared_by_the_regimes_of_a_seed(small, monkeypatch):
     pretrain, seeds = train.pretrain, []
     monkeypatch.setattr(train, "pretrain", lambda cfg, *rest: seeds.append(cfg.seed) or pretrain(cfg, *rest))
     starts = []
-    for name, changes in (("a", {}), ("b", dict(regime="detach", lr=1e-5)), ("c", dict(seed=1)), ("d", dict(careless=0.1))):
+    for name, changes in (
+        ("a", {}),
+        ("b", dict(regime="detach", lr=1e-5)),
+        ("c", dict(seed=1)),
+        ("d", dict(careless=0.1)),
+    ):
         train.main(small(name, **changes))
         starts.append(metrics(small(name, **changes))[0])
     assert seeds == [0, 1, 0] and starts[0] == starts[1]  # another seed or another mixture is another base
@@ -219,7 +226,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
     with pytest.raises(SystemExit) as exit, evaluation.reporting("train.py"):
         train.main(cfg)
     assert exit.value.code == 1
-    assert "step 3: the loss or a gradient is not finite; the last good checkpoint is that of step 2" in capsys.readouterr().err
+    assert (
+        "step 3: the loss or a gradient is not finite; the last good checkpoint is that of step 2"
+        in capsys.readouterr().err
+    )
     monkeypatch.undo()
     assert all(torch.isfinite(p).all() for p in weights(cfg).values())
 
@@ -232,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
     [
         ("regime", "mtp", "must be one of off, detach, ce, policy, occ, exact"),
         ("algo", "ppo", "must be one of reinforce, grpo, drgrpo, dapo, gspo"),
-        ("task", "add,gsm", "unknown suite 'gsm'; allowed: arithmetic, or a comma list of add, sub"),
+        ("task", "add,gsm", "unknown suite 'gsm'; allowed: arithmetic, or some of add,sub"),
         ("tokenizer", "words", "must be one of bytes, gpt2"),
         ("steps", "0", "must be above 0"),
         ("n_layer", "-1", "must be above 0"),
@@ -309,7 +319,7 @@ def test_damaged_runs_are_refused_in_one_line(small, tmp_path, capsys):
     ckpt.write_bytes(good)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
-    assert "metrics.jsonl: shorter than when" in fails(capsys, "--resume", cfg.out)
+    assert "metrics.jsonl: shorter than the" in fails(capsys, "--resume", cfg.out)
     (run / "metrics.jsonl").write_text(lines[0].replace('"nanoocc": 1', '"nanoocc": 7'))
     assert "metrics.jsonl:1: a run of version 7; this is version 1" in fails(capsys, "--resume", cfg.out)
     (run / "metrics.jsonl").write_text("[]\n")
@@ -339,11 +349,15 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_every_flag_that_scripts_rely_on_exists():
-    flags = "regime algo task tokenizer seed steps lr prompts_per_step num_generations updates_per_rollout max_new_tokens " \
-            "temperature n_layer n_head n_embd mtp_depth mtp_design lam lam_plus occ_proxy mtp_base lam_scope out save_every " \
-            "eval_every probe_every device"  # fmt: skip
+    flags = (
+        "regime algo task tokenizer seed steps lr prompts_per_step num_generations updates_per_rollout max_new_tokens "
+        "temperature n_layer n_head n_embd mtp_depth mtp_design lam lam_plus occ_proxy mtp_base lam_scope out "
+        "save_every eval_every probe_every device"
+    )
     assert set(flags.split()) <= set(train.Config.__dataclass_fields__)
-    cfg, ckpt, again = train.command_line("--task add,mul --no-dynamic_sampling --tied --lam -0.5 --advantage loo".split())
+    cfg, ckpt, again = train.command_line(
+        "--task add,mul --no-dynamic_sampling --tied --lam -0.5 --advantage loo".split()
+    )
     assert (cfg.out, cfg.tied, cfg.lam, ckpt, again) == ("out/add+mul-occ-s0", True, -0.5, None, False)
     assert cfg.algorithm() == train.dataclasses.replace(rl.ALGOS["dapo"], dynamic_sampling=False, advantage="loo")
 
