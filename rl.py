@@ -43,7 +43,13 @@ def get_tokenizer(name):
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256})
     if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as error:
+            raise ValueError(
+                "--tokenizer gpt2: its vocabulary could not be fetched; connect to a network once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder that has it"
+            ) from error
     raise ValueError(f"tokenizer: {name!r} is unknown; allowed: bytes, gpt2")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import metrics
 
 import eval as evaluation
 import occ
+import rl
 import train
 
 
@@ -75,10 +75,11 @@ def test_score_prints_a_table(small, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| suite | problems | avg@4 | pass@1 | pass@4 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| add", "| mod", "| all"]
-    by_training = metrics(cfg)[-1]
-    command("score", cfg.out, "--k", str(cfg.eval_k), "--problems", str(cfg.eval_problems))
-    value = float(capsys.readouterr().out.splitlines()[-1].split("|")[3].split("±")[0])
-    assert 0 <= value <= 100 and 0 <= by_training["eval/score"] <= 100
+    tok, problems = rl.get_tokenizer("bytes"), rl.held_out_problems("add", cfg.difficulty, 3)
+    _, _, model = evaluation.load_run(cfg.out, torch.device("cpu"))
+    right = rl.evaluate(model, tok, problems, 4, cfg.max_new_tokens).mean(1)
+    mean, half = evaluation.interval((100 * right).tolist())
+    assert lines[2].startswith(f"| add | 3 | {mean:.1f} ± {half:.1f} |") and 0 < mean < 100
 
 
 def test_score_rebuilds_the_trained_model(small):

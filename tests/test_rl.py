@@ -19,13 +19,16 @@ CFG = SimpleNamespace(
 )
 
 
-def test_tokenizers():
+def test_tokenizers(monkeypatch):
     tok = rl.get_tokenizer("bytes")
     text = "Größe: 3/4 <|endoftext|>"
     assert tok.encode_ordinary(text) == list(text.encode()) and tok.decode(tok.encode_ordinary(text)) == text
     assert tok.eot_token == 256 and tok.n_vocab == 257
     with pytest.raises(ValueError, match="tokenizer: 'words' is unknown; allowed: bytes, gpt2"):
         rl.get_tokenizer("words")
+    monkeypatch.setattr(rl.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(ValueError, match="--tokenizer gpt2: its vocabulary could not be fetched"):
+        rl.get_tokenizer.__wrapped__("gpt2")
 
 
 # Problems
