@@ -31,6 +31,7 @@ import rl
 from model import GPT, GPTConfig, autocast
 
 VERSION = 1  # of the run folder's format
+CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
 SUPPRESS = argparse.SUPPRESS
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
 
@@ -42,15 +43,14 @@ T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student'
 def build(cfg, tok, device):
     """The trunk and its heads as initialised from the seed of a config."""
     torch.manual_seed(cfg.seed)
-    problems = [p for suite in rl.suites_of(cfg.task) for p in rl.held_out_problems(suite, cfg.difficulty, 8)]
-    prompt, solution = (max(len(getattr(p, part).encode()) for p in problems) for part in ("prompt", "solution"))
+    prompt, solution = rl.longest(rl.suites_of(cfg.task), cfg.difficulty)
     block_size = prompt + max(solution + 1, cfg.max_new_tokens)
     shape = GPTConfig(tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
     return GPT(shape).to(device), mtp.MTPHeads(shape, cfg.mtp_depth, cfg.mtp_design).to(device)
 
 
 def read_metrics(folder):
-    """(header, records) of a run. A last line cut short is left out; any other bad line raises ValueError."""
+    """(header, a record a step) of a run. A last line cut short is left out; any other bad line raises ValueError."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{folder}: not a run: it has no metrics.jsonl")
@@ -66,18 +66,23 @@ def read_metrics(folder):
         raise ValueError(f"{path}:1: not the header of a run (config, seed, commit, versions, device)") from None
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
+    for i, record in enumerate(records[1:], 2):
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}:{i}: not the record of a step")
     return records[0], records[1:]
 
 
 def read_run(folder):
     """(config as a dict, checkpoint or None) of a run. ValueError when something there is not what it should be."""
-    header, _ = read_metrics(folder)
+    header, records = read_metrics(folder)
     path = Path(folder) / "ckpt.pt"
     if not path.exists():
+        if records and records[-1]["step"] > 0:
+            raise ValueError(f"{path}: missing, though metrics.jsonl has {records[-1]['step']} steps")
         return header["config"], None
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        version, _ = ckpt["version"], ckpt["sizes"]
+        version, _ = ckpt["version"], [ckpt[key] for key in CHECKPOINT]
     except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     if version != VERSION:
@@ -85,13 +90,13 @@ def read_run(folder):
     return header["config"], ckpt
 
 
-def load_weights(ckpt, model, heads=None):
-    """Weights of a checkpoint into the trunk and, if given, the heads. ValueError if they do not fit."""
+def load_weights(ckpt, model, heads=None, optimizer=None):
+    """Weights of a checkpoint into the trunk and, if given, heads and optimizer. ValueError if they do not fit."""
     try:
-        model.load_state_dict(ckpt["model"])
-        if heads:
-            heads.load_state_dict(ckpt["heads"])
-    except (RuntimeError, KeyError, TypeError, AttributeError):
+        for module, name in ((model, "model"), (heads, "heads"), (optimizer, "optimizer")):
+            if module is not None:
+                module.load_state_dict(ckpt[name])
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
         raise ValueError("ckpt.pt: its weights do not fit the sizes in the run's config") from None
 
 
@@ -101,8 +106,11 @@ def load_run(folder, device):
     if ckpt is None:
         raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
     cfg = SimpleNamespace(**values)
-    tok = rl.get_tokenizer(cfg.tokenizer)
-    model, _ = build(cfg, tok, device)
+    try:
+        tok = rl.get_tokenizer(cfg.tokenizer)
+        model, _ = build(cfg, tok, device)
+    except AttributeError as error:
+        raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
     load_weights(ckpt, model)
     return cfg, tok, model
 
@@ -149,8 +157,8 @@ def score(folder, k, temperature, problems_a_suite, device):
 
 
 def shown(k):
-    """The values of k that pass@k is shown for; pass@1 would be avg@k again."""
-    return sorted({max(k // 4, 1), k})
+    """The values of k that pass@k is shown for. Not 1: pass@1 is avg@k."""
+    return sorted({k // 4, k} - {0, 1})
 
 
 def table(rows, k):
@@ -181,17 +189,21 @@ def row_of(name, n, cells):
 def group_runs(folders):
     """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
     runs = [read_metrics(folder) for folder in folders]
-    for folder, (_, records) in zip(folders, runs):
-        if not records:
-            raise ValueError(f"{folder}: nothing logged yet")
     free = {"seed", "out", "cache_dir", "device", "save_every", "steps"}
     configs = [{name: value for name, value in header["config"].items() if name not in free} for header, _ in runs]
     differ = [n for n in configs[0] if n != "regime" and any(c.get(n) != configs[0][n] for c in configs)]
     groups = {}
-    for cfg, (_, records) in zip(configs, runs):
+    for folder, cfg, (header, records) in zip(folders, configs, runs):
         label = " ".join([cfg["regime"]] + [f"{name}={cfg.get(name)}" for name in differ])
-        groups.setdefault(label, []).append(records)
-    return groups
+        seeds = groups.setdefault(label, {})
+        if not records:
+            raise ValueError(f"{folder}: nothing logged yet")
+        if header["seed"] in seeds:
+            raise ValueError(
+                f"{folder}: seed {header['seed']} of '{label}' is there already; a band needs different seeds"
+            )
+        seeds[header["seed"]] = records
+    return {label: list(seeds.values()) for label, seeds in groups.items()}
 
 
 def series(runs, value):
@@ -292,8 +304,8 @@ def reporting(prog):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted {error}".strip(), file=sys.stderr)
         sys.exit(130)
 
 
@@ -314,6 +326,8 @@ def parse(argv):
         value = getattr(args, name, least)
         if not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: must be cpu here: torch finds no CUDA")
     return args
 
 

@@ -20,6 +20,7 @@ Differs: rotary positions of depth k are t, not t+k; attention only sees their d
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from model import Block
 
@@ -147,17 +148,19 @@ class ChunkedLogp(torch.autograd.Function):
         return logp_N - lse_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_N):
         h_NC, weight, target_N, lse_N = ctx.saved_tensors
         hf, W = _float(h_NC), _float(weight)
-        dh, dW = torch.empty_like(hf), torch.zeros_like(W)
+        dh, dW = torch.empty_like(hf), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
         for rows, z in ChunkedLogp.chunks(hf, W, ctx.temperature):
             g = g_N[rows, None] / ctx.temperature
             dz = z.sub_(lse_N[rows, None]).exp_().mul_(-g)
             dz.scatter_add_(-1, target_N[rows, None], g)
             torch.mm(dz, W, out=dh[rows])
-            dW.addmm_(dz.T, hf[rows])
-        return dh.type_as(h_NC), dW.type_as(weight), None, None
+            if dW is not None:
+                dW.addmm_(dz.T, hf[rows])
+        return dh.type_as(h_NC), None if dW is None else dW.type_as(weight), None, None
 
     @staticmethod
     def chunks(hf, W, temperature):

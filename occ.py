@@ -116,13 +116,16 @@ def exact_terms(g, m, lam_plus=1.0):
     return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_star": lam_plus * c / v2 if v2 > 0 else 0.0}
 
 
-def split_terms(g_a, m_a, g_b, m_b):
+def split_terms(g_a, m_a, g_b, m_b, share=0.5):
     """c and v² without the noise that g and m share when they come from the same samples.
 
-    The arguments are the contributions of two halves of a minibatch, g = g_a + g_b. Products across the halves are of
-    independent estimates, so their mean is <E g, E m>; within a half it contains the covariance too.
+    The arguments are the contributions of two parts of a minibatch, g = g_a + g_b, the first with `share` of it.
+    Products across the parts are of independent estimates, so the mean of <g_a, m_b> is share (1 - share) <E g, E m>;
+    within a part it contains the covariance too.
     """
-    return {"c_split": 2 * (inner(g_a, m_b) + inner(g_b, m_a)).item(), "v2_split": 4 * inner(m_a, m_b).item()}
+    across = share * (1 - share)
+    c_split = (inner(g_a, m_b) + inner(g_b, m_a)).item() / (2 * across)
+    return {"c_split": c_split, "v2_split": inner(m_a, m_b).item() / across}
 
 
 def coefficient(out, trunk, cfg):
@@ -145,11 +148,11 @@ def coefficient(out, trunk, cfg):
     return lam, {"occ/lam": lam, "occ/c_hat": inner(a, b).item(), "occ/v2_hat": inner(b, b).item()}
 
 
-def probe(parts, trunk, lam_plus=1.0):
+def probe(parts, trunk, lam_plus=1.0, share=0.5):
     """The exact terms of one minibatch, whatever the regime, for the log.
 
     parts: one or two functions, each running the forward of a part of the minibatch with open doors and returning an
-    object with its shares rl and mtp of the whole minibatch's losses. With two, split_terms too.
+    object with its contributions rl and mtp to the losses. With two, the first being `share` of it, split_terms too.
     """
     grads = []
     for run in parts:
@@ -157,5 +160,5 @@ def probe(parts, trunk, lam_plus=1.0):
         grads.append((flat_grad(out.rl, trunk), flat_grad(out.mtp, trunk)))
     terms = exact_terms(sum(g for g, _ in grads), sum(m for _, m in grads), lam_plus)
     if len(grads) == 2:
-        terms |= split_terms(*grads[0], *grads[1])
+        terms |= split_terms(*grads[0], *grads[1], share)
     return {f"occ/{name}": value for name, value in terms.items()}

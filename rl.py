@@ -60,8 +60,8 @@ def get_tokenizer(name):
 class Problem(NamedTuple):
     suite: str
     prompt: str
-    answer: str
-    solution: str = ""
+    answer: str  # the gold, as people write it
+    solution: str = ""  # for pretraining: working and answer, as the suite writes them
 
 
 def digit(x, i):
@@ -142,30 +142,34 @@ class Suite(NamedTuple):
     draw: Callable
     solve: Callable
     n: Callable  # difficulty -> digits (terms - 1 for chain)
+    commutes: bool = False  # problems with the same operands in another order are the same problem
 
 
 SUITES = {
-    "add": Suite(draw_pair, solve_add, lambda d: d),
-    "sub": Suite(draw_pair, solve_sub, lambda d: d),
+    "add": Suite(draw_pair, solve_add, lambda d: d, commutes=True),
+    "sub": Suite(draw_pair, solve_sub, lambda d: d, commutes=True),
     "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, lambda d: d + 1),
     "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, lambda d: d + 1),
-    "chain": Suite(lambda rng, n: tuple(rng.randrange(1, 10) for _ in range(n + 1)), solve_chain, lambda d: d),
-    "linear": Suite(draw_linear, solve_linear, lambda d: max(d - 1, 2)),
+    "chain": Suite(
+        lambda rng, n: tuple(rng.randrange(1, 10) for _ in range(n + 1)), solve_chain, lambda d: d, commutes=True
+    ),
+    "linear": Suite(draw_linear, solve_linear, lambda d: max(d, 2)),
 }
 
 
 def suites_of(task):
     """Names from a comma list; all six for "arithmetic". Raises ValueError on an unknown one."""
-    names = list(SUITES) if task == "arithmetic" else task.split(",")
+    names = list(SUITES) if task == "arithmetic" else list(dict.fromkeys(task.split(",")))
     for name in names:
         if name not in SUITES:
             raise ValueError(f"--task: unknown suite {name!r}; allowed: arithmetic, or some of {','.join(SUITES)}")
     return names
 
 
-def is_held_out(prompt):
-    """One problem in eight, decided by the problem's own text: training and evaluation cannot share any."""
-    return hashlib.blake2b(prompt.encode(), digest_size=1).digest()[0] % 8 == 0
+def is_held_out(suite, operands):
+    """One problem in eight, decided by the problem itself: training and evaluation cannot share any, nor its twin."""
+    key = f"{suite} {sorted(operands) if SUITES[suite].commutes else list(operands)}"
+    return hashlib.blake2b(key.encode(), digest_size=1).digest()[0] % 8 == 0
 
 
 def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
@@ -173,12 +177,12 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
     draw, solve, n = SUITES[suite].draw, SUITES[suite].solve, SUITES[suite].n(difficulty)
     while True:
         operands = draw(rng, n)
-        prompt, _, answer = solve(operands, n, lambda: False)
-        if is_held_out(prompt) == held_out:
+        if is_held_out(suite, operands) == held_out:
             break
+    prompt, _, right = solve(operands, n, lambda: False)
     forget = (lambda: rng.random() < 0.5) if rng.random() < careless else (lambda: False)
     _, working, written = solve(operands, n, forget)
-    return Problem(suite, prompt, answer, f"{working}####{written}")
+    return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
 def problem_stream(suites, difficulty, rng, **kwargs):
@@ -196,6 +200,12 @@ def held_out_problems(suite, difficulty, count, seed=0):
         if len(found) == count:
             break
     return list(found.values())
+
+
+def longest(suites, difficulty):
+    """Bytes of the longest prompt and solution: the problems of a suite are all written at the same width."""
+    problems = [draw_problem(suite, difficulty, random.Random(0)) for suite in suites]
+    return max(len(p.prompt) for p in problems), max(len(p.solution) for p in problems)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ def extract_answer(text):
     for marker in ("####", "Answer:"):
         _, found, tail = text.rpartition(marker)
         if found:
-            return tail.strip().partition("\n")[0].strip() or None
+            return tail.partition("\n")[0].strip() or None
     return None
 
 
@@ -247,6 +257,14 @@ def answers_equal(gold, candidate):
     return " ".join(gold.split()).casefold() == " ".join(candidate.split()).casefold()
 
 
+def is_right(problem, text):
+    """Whether a completion answers the problem. The suites here answer lowest digit first."""
+    answer = extract_answer(text)
+    if problem.suite in SUITES and answer is not None:
+        answer = answer[::-1]
+    return answers_equal(problem.answer, answer)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout
 
@@ -257,8 +275,8 @@ def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1
     samples = generate(model, prompts, num_generations, max_new_tokens, tok.eot_token, temperature, generator)
     rows = zip(samples.tokens_BT.tolist(), samples.mask_BT.tolist())
     texts = [tok.decode([t for t, m in zip(*row) if m and t != tok.eot_token]) for row in rows]
-    golds = [p.answer for p in problems for _ in range(num_generations)]
-    right = [float(answers_equal(gold, extract_answer(text))) for gold, text in zip(golds, texts)]
+    asked = [p for p in problems for _ in range(num_generations)]
+    right = [float(is_right(problem, text)) for problem, text in zip(asked, texts)]
     return samples, texts, torch.tensor(right).view(len(problems), num_generations)
 
 
@@ -284,10 +302,9 @@ def collect(model, tok, problems, algo, cfg, generator):
     while missing and len(rounds) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
         samples, texts, reward_PG = rollout(model, tok, drawn, G, R, cfg.temperature, generator)
-        length_B = samples.mask_BT.sum(1).cpu()
+        length_B, flat_P = samples.mask_BT.sum(1).cpu(), ~informative(reward_PG)
         if algo.overlong:
             reward_PG = reward_PG + overlong_penalty(length_B, R).view_as(reward_PG)
-        flat_P = ~informative(reward_PG)
         keep_P = ~flat_P if algo.dynamic_sampling else torch.ones_like(flat_P)
         rounds.append((samples, reward_PG, keep_P, flat_P, length_B, drawn, texts))
         missing -= int(keep_P.sum())
@@ -302,7 +319,7 @@ def collect(model, tok, problems, algo, cfg, generator):
         "response_length/mean": length_B.mean().item(),
         "response_length/clip_ratio": (length_B == R).float().mean().item(),
         "response_length/sum": int(length_B.sum()),
-        "actor/entropy": -logp.item() / length_B.sum().item(),  # unbiased: the mean of -log p over samples from p
+        "actor/entropy": -logp.item() / length_B.sum().item(),  # the mean of -log p over tokens sampled from p
     }
     examples = [(p.prompt, t, r) for p, t, r in zip(drawn[0], texts[0][::G], rewards[0][:, 0].tolist())]
     return kept, torch.cat(rewards)[torch.cat(keeps)], metrics, examples[:8]
@@ -390,7 +407,7 @@ def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo):
     loss = -(weight_BT * surrogate_BT).sum()
     n = mask_BT.sum().clamp(min=1)
     stats = {"clip_frac_low": low_BT.sum() / n, "clip_frac_high": high_BT.sum() / n}
-    return loss, stats | {"ratio_max": ratio_BT.detach().max()}
+    return loss, stats | {"ratio_max": (ratio_BT.detach() * mask_BT).max()}
 
 
 def k3_kl(logp_BT, logp_ref_BT, weight_BT):
@@ -431,8 +448,8 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
 
     Old log-probs of the trunk and of the heads come from one forward pass of the whole rollout. That also tells
     rollout/logp_gap, the largest difference to what the sampler recorded (rounding, unless something is wrong), and
-    mtp/agreement_k, the share of sampled tokens that a speculative sampler drafting from head k would accept,
-    sum_v min(p_v, q_v), estimated without bias by the mean of min(1, q/p) over tokens sampled from p.
+    mtp/agreement_k, the share of these tokens that a speculative sampler drafting from head k would have accepted: the
+    mean of min(1, q/p), whose expectation over tokens from p is sum_v min(p_v, q_v).
     Returns the list of minibatches and these metrics.
     """
     tokens_BT, mask_BT = samples.tokens_BT, samples.mask_BT[:, 1:]
@@ -453,10 +470,11 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
         rows = rows.flatten()
         weight_BT = token_weights(mask_BT[rows], algo.loss_agg, cfg.max_new_tokens)
         weights = [token_weights(m[rows], agg, cfg.max_new_tokens) for m in mask_KBT]
-        weight_KBT = torch.stack(weights) if weights else logp_KBT[:, rows]
+        weight_KBT = torch.stack(weights) if weights else logp_KBT[:, rows]  # without heads, both are empty
         parts.append(Minibatch(tokens_BT[rows], mask_BT[rows], adv_B[rows], logp_BT[rows], logp_ref_BT[rows],
                                logp_KBT[:, rows], weight_BT, weight_KBT))  # fmt: skip
-    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, int(parts[0].mask_BT.sum()), model.cfg.vocab_size)
+    most = int(parts[0].mask_BT.sum()) * max(len(logp_KBT), 1)  # tokens in the larger of an update's two calls
+    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size)
     return parts, metrics
 
 
@@ -510,8 +528,9 @@ def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
 
 
 def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768):
-    """(number of problems, k) 0/1 results, at most `rows` sequences at a time. Same seed, same random numbers."""
+    """(number of problems, k) 0/1 results, about `rows` sequences at a time. Same seed, same random numbers."""
     generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
-    parts = [problems[i : i + rows // G] for i in range(0, len(problems), max(rows // G, 1))]
+    n = max(rows // G, 1)
+    parts = [problems[i : i + n] for i in range(0, len(problems), n)]
     right = [rollout(model, tok, part, G, max_new_tokens, temperature, generator)[2] for part in parts]
     return torch.cat(right).expand(-1, k)

@@ -30,6 +30,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Config:
     # what is learned
     task: str = "arithmetic"  # all six suites, or a comma list of add, sub, mul, mod, chain, linear
     difficulty: int = 2  # digits of the operands, 1 to 8
-    careless: float = 0.8  # share of careless solutions in the second half of pretraining
+    careless: float = 0.8  # share of solutions written carelessly, in the second half of pretraining
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token a byte, or GPT-2's
     seed: int = 0  # of everything random
     # reinforcement learning
@@ -108,25 +109,29 @@ class Config:
             if not ok:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
 
-        may_be_zero = (
-            "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high dual_clip kl_coef"
-        )
+        may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high kl_coef"
         for f in dataclasses.fields(self):
             value, literals = getattr(self, f.name), get_args(f.type)
             if isinstance(value, str) and literals:
                 need(f.name, value in literals, f"one of {', '.join(filter(None, literals))}")
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and f.name not in ("lam", "lam_plus"):
+            if f.name in ("lam", "lam_plus"):
+                need(f.name, abs(value) < float("inf"), "a finite number")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 zero = f.name in may_be_zero.split()
-                need(f.name, 0 < value < float("inf") or zero and value == 0, "0 or more" if zero else "above 0")
+                need(f.name, 0 < value < 2**31 or zero and value == 0, "0 or more" if zero else "above 0")
         need("careless", self.careless <= 1, "a share from 0 to 1")
         need("difficulty", self.difficulty <= 8, "1 to 8")
         need("n_embd", self.n_embd % (2 * self.n_head) == 0, f"a multiple of 2·n_head = {2 * self.n_head}")
         most = self.prompts_per_step
         need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
-        alone = self.algorithm().advantage == "batch"
-        need("num_generations", self.num_generations > 1 or alone, "2 or more (1 only with --advantage batch)")
+        algo = self.algorithm()
+        alone = algo.advantage == "batch" and not algo.dynamic_sampling
+        need("num_generations", self.num_generations > 1 or alone, "2 or more (1 with --algo reinforce)")
+        need("dual_clip", algo.dual_clip > 1, "above 1")
         need("device", self.device != "cuda" or torch.cuda.is_available(), "cpu here: torch finds no CUDA")
-        rl.suites_of(self.task)
+        _, solution = rl.longest(rl.suites_of(self.task), self.difficulty)
+        least = (solution + 1) * 5 // 4 if algo.overlong else solution + 1  # the overlong penalty takes the last fifth
+        need("max_new_tokens", self.max_new_tokens >= least, f"{least} or more for this task and difficulty")
         self.out = self.out or f"out/{self.task.replace(',', '+')}-{self.regime}-s{self.seed}"
 
     def algorithm(self):
@@ -181,24 +186,25 @@ def pretrain(cfg, tok, model, heads, device, stop):
             optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"during pretraining; go on with: python train.py --resume {cfg.out}")
 
 
 def pretrained(cfg, tok, device, stop):
-    """Trunk and heads after pretraining: from the cache, if all that determines them (data, sizes, code) is there."""
+    """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
     model, heads = evaluation.build(cfg, tok, device)
     names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_d"))]
-    names += ["task", "difficulty", "careless", "tokenizer", "seed", "tied", "max_new_tokens"]
+    names += ["task", "difficulty", "careless", "tokenizer", "seed", "tied", "logp_impl"]
     code = [Path(inspect.getfile(c)).read_text() for c in (type(model), type(heads), rl)]
     code += [inspect.getsource(f) for f in (evaluation.build, pretraining_batch, pretrain)]
     what = json.dumps([torch.__version__, device.type, code, {name: getattr(cfg, name) for name in names}])
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
     try:
-        evaluation.load_weights(torch.load(path, map_location=device, weights_only=True), model, heads)
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception:  # not there or damaged: made (again)
         pretrain(cfg, tok, model, heads, device, stop)
-        save_atomically({"model": model.state_dict(), "heads": heads.state_dict()}, path)
-    return model, heads
+        base = {"model": model.state_dict(), "heads": heads.state_dict()}
+        save_atomically(base, path)
+        return base
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,23 +228,30 @@ def save_atomically(state, path):
 class Run:
     """The folder of one run: metrics.jsonl and samples.txt only grow; ckpt.pt says how far they count."""
 
+    GROWING = ("metrics.jsonl", "samples.txt")
+
     def __init__(self, cfg, ckpt=None):
         """Open a run's folder to go on; what its files hold from after the checkpoint (without one: all) is cut off."""
         self.dir, self.saved = Path(cfg.out), ckpt["step"] if ckpt else None
         self.start = time.perf_counter() - (ckpt["seconds"] if ckpt else 0)
-        header = len((self.dir / "metrics.jsonl").open("rb").readline())
-        sizes = ckpt["sizes"] if ckpt else {"metrics.jsonl": header, "samples.txt": 0}
-        self.files = {name: open(self.dir / name, "a", encoding="utf-8") for name in sizes}
+        with open(self.dir / "metrics.jsonl", "rb") as f:
+            sizes = ckpt["sizes"] if ckpt else {"metrics.jsonl": len(f.readline()), "samples.txt": 0}
+        self.files = {name: open(self.dir / name, "a", encoding="utf-8") for name in self.GROWING}
         for name, f in self.files.items():
             if f.tell() < sizes[name]:
                 raise ValueError(f"{f.name}: shorter than the {sizes[name]} bytes it had when ckpt.pt was written")
+        for name, f in self.files.items():
             f.truncate(sizes[name])
+            f.seek(sizes[name])
 
     @classmethod
     def create(cls, cfg, device):
         """Make the folder and write the first line of metrics.jsonl. A folder that holds a run is left as it is."""
         folder = Path(cfg.out)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (*cls.GROWING, "ckpt.pt", "curves.png"):
+            if (folder / name).exists():
+                raise ValueError(f"--out {folder}: has a {name}; go on with --resume {folder}, or name another folder")
         first = {
             "config": dataclasses.asdict(cfg),
             "seed": cfg.seed,
@@ -250,11 +263,8 @@ class Run:
             },
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         }
-        try:
-            with open(folder / "metrics.jsonl", "x", encoding="utf-8") as f:
-                f.write(json.dumps(first) + "\n")
-        except FileExistsError:
-            raise ValueError(f"--out {folder}: holds a run; go on with --resume {folder}, or name another") from None
+        with open(folder / "metrics.jsonl", "x", encoding="utf-8") as f:
+            f.write(json.dumps(first) + "\n")
         return cls(cfg)
 
     def log(self, record):
@@ -266,26 +276,27 @@ class Run:
         lines = [f"step {step}  reward {reward:5.2f}  {prompt!r} -> {text!r}\n" for prompt, text, reward in examples]
         self.files["samples.txt"].write("".join(lines) + "\n")
 
-    def save(self, step, model, heads, optimizer, scores):
-        """A checkpoint, with the sizes that the growing files have now."""
+    def save(self, step, steps, model, heads, optimizer, scores):
+        """A checkpoint after `step` of `steps`, with the sizes that the growing files have now."""
         for f in self.files.values():
             f.flush()
             os.fsync(f.fileno())
         sizes = {name: f.tell() for name, f in self.files.items()}
-        state = {
-            "version": evaluation.VERSION,
-            "step": step,
-            "seconds": self.seconds(),
-            "sizes": sizes,
-            "scores": scores,
-        }
+        state = {"version": evaluation.VERSION, "step": step, "steps": steps, "seconds": self.seconds()}
+        state |= {"sizes": sizes, "scores": scores, "optimizer": optimizer.state_dict()}
         state |= {"model": model.state_dict(), "heads": heads.state_dict() if heads else None}
-        save_atomically(state | {"optimizer": optimizer.state_dict()}, self.dir / "ckpt.pt")
+        save_atomically(state, self.dir / "ckpt.pt")
         self.saved = step
 
     def seconds(self):
         """Of training, those before an interruption included."""
         return time.perf_counter() - self.start
+
+
+def check_writable(folder):
+    """Make the folder if need be. Raises OSError, naming it, when nothing can be written there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _commit():
@@ -327,25 +338,29 @@ def main(cfg, ckpt=None, resume=False, stop=()):
     """
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     regime, algo, tok = occ.REGIMES[cfg.regime], cfg.algorithm(), rl.get_tokenizer(cfg.tokenizer)
-    run = Run(cfg, ckpt) if resume else Run.create(cfg, device)
     if regime.rule == "proxy" and cfg.updates_per_rollout == 1:
         tqdm.write("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
 
-    fresh = ckpt is None or algo.kl_coef  # a KL needs the base even when resuming
-    model, heads = pretrained(cfg, tok, device, stop) if fresh else evaluation.build(cfg, tok, device)
-    reference = copy.deepcopy(model).requires_grad_(False) if algo.kl_coef else None
+    model, heads = evaluation.build(cfg, tok, device)
     heads = heads if regime.objective else None
     trunk, phi = list(model.parameters()), list(heads.parameters()) if heads else []
     optimizer = torch.optim.Adam(trunk + phi, lr=cfg.lr, fused=True)
     if ckpt:
-        evaluation.load_weights(ckpt, model, heads)
-        optimizer.load_state_dict(ckpt["optimizer"])
+        evaluation.load_weights(ckpt, model, heads, optimizer)
         start, scores = ckpt["step"], ckpt["scores"]
-    else:
+    check_writable(cfg.cache_dir)
+    run = Run(cfg, ckpt) if resume else Run.create(cfg, device)  # from here on, files change
+    base = pretrained(cfg, tok, device, stop) if ckpt is None or algo.kl_coef else None
+    if ckpt is None:
+        evaluation.load_weights(base, model, heads)
         evals = evaluation.evaluate(model, tok, cfg, device)
         start, scores = 0, [evals["eval/score"]]
         run.log({"step": 0, "time": run.seconds()} | evals)
-        run.save(0, model, heads, optimizer, scores)
+        run.save(0, cfg.steps, model, heads, optimizer, scores)
+    reference = None
+    if algo.kl_coef:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        evaluation.load_weights(base, reference)
 
     def forward(mb, on_policy, lam):
         with autocast(device):
@@ -373,8 +388,9 @@ def main(cfg, ckpt=None, resume=False, stop=()):
             # 5 coefficient λ_t
             value, terms = occ.coefficient(out, trunk, cfg) if heads else (0.0, {})
             if heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0:
-                halves = [functools.partial(forward, half, i == 0, 1.0) for half in mb.halves(cfg.num_generations)]
-                terms |= occ.probe(halves, trunk, cfg.lam_plus)
+                halves = mb.halves(cfg.num_generations)
+                passes = [functools.partial(forward, half, i == 0, 1.0) for half in halves]
+                terms |= occ.probe(passes, trunk, cfg.lam_plus, share=len(halves[0].adv_B) / len(mb.adv_B))
             lam.fill_(value)
             # 6 one backward, one step: the trunk moves by g + λ_t m, the heads by their own gradient
             loss = out.rl + weight * out.mtp
@@ -400,7 +416,7 @@ def main(cfg, ckpt=None, resume=False, stop=()):
         reward, lam = record["reward/mean"], record.get("occ/lam", 0.0)
         bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            run.save(step, model, heads, optimizer, scores)
+            run.save(step, cfg.steps, model, heads, optimizer, scores)
         if stop and step < cfg.steps:
             bar.close()
             print(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
@@ -431,7 +447,11 @@ def command_line(argv):
     unknown = set(values) ^ {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise ValueError(f"{folder}: a run of another version: settings that differ: {', '.join(sorted(unknown))}")
-    return Config(**values | given | {"out": folder}), ckpt, True
+    done, steps = (ckpt["step"], ckpt["steps"]) if ckpt else (0, values["steps"])
+    cfg = Config(**values | {"steps": steps} | given | {"out": folder})
+    if cfg.steps < done:
+        raise ValueError(f"--steps {cfg.steps}: must be {done} or more: the run has come so far")
+    return cfg, ckpt, True
 
 
 def on_ctrl_c():
