@@ -42,8 +42,8 @@ def test_interval():
 
 def test_table_weighs_suites_alike():
     rows = [("add", [100.0, 0.0], [[100.0, 0.0]]), ("mul", [50.0, 50.0, 50.0, 50.0], [[100.0] * 4])]
-    lines = evaluation.table(rows, 1)
-    assert lines[0] == "| suite | problems | avg@1 | pass@1 |"
+    lines = evaluation.table(rows, 2)
+    assert lines[0] == "| suite | problems | avg@2 | pass@2 |"
     assert lines[2] == "| add | 2 | 50.0 ± 98.0 | 50.0 ± 98.0 |"
     assert lines[4] == "| all | 6 | 50.0 ± 49.0 | 75.0 ± 49.0 |"
 
@@ -73,7 +73,7 @@ def test_score_prints_a_table(small, capsys):
     capsys.readouterr()
     command("score", cfg.out, "--k", "4", "--problems", "3")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| suite | problems | avg@4 | pass@1 | pass@4 |"
+    assert lines[0] == "| suite | problems | avg@4 | pass@4 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| add", "| mod", "| all"]
     tok, problems = rl.get_tokenizer("bytes"), rl.held_out_problems("add", cfg.difficulty, 3)
     _, _, model = evaluation.load_run(cfg.out, torch.device("cpu"))
@@ -105,6 +105,8 @@ def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path
     other = small("e", lr=1e-3)
     train.main(other)
     assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0003", "occ lr=0.001"}
+    with pytest.raises(ValueError, match="seed 0 of 'occ' is there already; a band needs different seeds"):
+        evaluation.group_runs([folders[0], folders[0]])
     command("plot", *folders, "--out", str(tmp_path / "all.png"))
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
     command("plot", folders[3])
@@ -131,8 +133,16 @@ def test_mistakes_are_one_line(small, tmp_path, capsys):
     assert "--temperature nan" in fails(capsys, "score", "x", "--temperature", "nan")
     assert "invalid choice: 'draw'" in fails(capsys, "draw")
     assert "required" in fails(capsys, "score")
+    if not torch.cuda.is_available():
+        assert "--device cuda: must be cpu here" in fails(capsys, "score", "x", "--device", "cuda")
     cfg = small()
     train.main(cfg)
+    text = (Path(cfg.out) / "metrics.jsonl").read_text()
+    (Path(cfg.out) / "metrics.jsonl").write_text(text + "3\n")
+    assert "metrics.jsonl:7: not the record of a step" in fails(capsys, "plot", cfg.out)
+    (Path(cfg.out) / "metrics.jsonl").write_text(text.replace('"n_layer": 1, ', ""))
+    assert "a run of another version: its config has no n_layer" in fails(capsys, "score", cfg.out)
+    (Path(cfg.out) / "metrics.jsonl").write_text("\n".join(text.splitlines()[:2]) + "\n")
     (Path(cfg.out) / "ckpt.pt").unlink()
     assert f"no checkpoint yet; go on with python train.py --resume {cfg.out}" in fails(capsys, "score", cfg.out)
     header = (Path(cfg.out) / "metrics.jsonl").read_text().splitlines()[0]

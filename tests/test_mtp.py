@@ -76,6 +76,15 @@ def test_main_logprobs_do_not_depend_on_heads_or_padding():
     torch.testing.assert_close(wider[0][:, : mask.size(1)], logp, rtol=0, atol=1e-5)
 
 
+def test_a_deeper_loss_trains_the_sequential_heads_below_it():
+    for design in DESIGNS:
+        model, heads = tiny(depth=2, design=design)
+        tokens, mask = batch()
+        _, logp, _, _ = mtp.logprobs(model, heads, tokens, mask)
+        grad = torch.autograd.grad(logp[1].sum(), heads.heads[0].block.qkv.weight, allow_unused=True)[0]
+        assert (grad is not None and grad.norm() > 0) == (design == "sequential")
+
+
 def test_heads_are_scored_at_the_same_temperature():
     model, heads = tiny()
     tokens, mask = batch()

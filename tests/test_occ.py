@@ -123,6 +123,8 @@ def test_split_halves_remove_the_covariance_of_the_noise():
     error = lambda values: torch.tensor(values).std().item() / math.sqrt(len(values))  # noqa: E731
     c, m2 = (G @ M).item(), (M @ M).item()
     assert abs(mean(split) - c) < 4 * error(split) and abs(mean(v2_split) - m2) < 4 * error(v2_split)
+    quarter = occ.split_terms(G / 4, M / 4, 3 * G / 4, 3 * M / 4, share=0.25)
+    assert quarter == pytest.approx({"c_split": c, "v2_split": m2}, rel=1e-5)  # parts need not be halves
     assert mean(plain) - c == pytest.approx(100, rel=0.1) and mean(v2) - m2 == pytest.approx(125, rel=0.1)
 
 
@@ -143,12 +145,12 @@ def parts_of(model):
         return {
             "shared matrix": [named["wte.weight"]],
             "blocks": list(model.blocks.parameters()),
-            "norm": [named["norm_out.weight"]],
+            "norms": [named["norm_in.weight"], named["norm_out.weight"]],
         }
     return {
         "embedding": [named["wte.weight"]],
         "blocks": list(model.blocks.parameters()),
-        "norm": [named["norm_out.weight"]],
+        "norms": [named["norm_in.weight"], named["norm_out.weight"]],
         "unembedding": [named["lm_head.weight"]],
     }
 

@@ -54,8 +54,8 @@ def test_gold_answers_are_right(suite, difficulty):
     rng = random.Random(0)
     for _ in range(200):
         p = rl.draw_problem(suite, difficulty, rng)
-        assert int(p.answer[::-1]) == solved(p.prompt), p
-        assert rl.answers_equal(p.answer, rl.extract_answer(p.solution))
+        assert int(p.answer) == solved(p.prompt), p
+        assert rl.is_right(p, p.solution)
 
 
 def test_careless_solutions_are_wrong_about_as_often_as_said():
@@ -64,7 +64,7 @@ def test_careless_solutions_are_wrong_about_as_often_as_said():
         wrong = {}
         for share in (0.5, 1.0):
             problems = [rl.draw_problem(suite, 2, rng, careless=share) for _ in range(1500)]
-            wrong[share] = sum(not rl.answers_equal(p.answer, rl.extract_answer(p.solution)) for p in problems) / 1500
+            wrong[share] = sum(not rl.is_right(p, p.solution) for p in problems) / 1500
         assert 0.1 < wrong[1.0] < 0.9  # each suite has a place to slip, and not every time
         assert wrong[0.5] == pytest.approx(wrong[1.0] / 2, abs=0.06)
 
@@ -79,6 +79,30 @@ def test_training_and_held_out_problems_are_disjoint():
         careless_split = {solve(draw(rng_wrong, n), n, lambda: False)[0] for _ in range(2000)}
         assert careless_split & held_out  # drawing from another seed is no split
     assert rl.held_out_problems("add", 2, 8) == rl.held_out_problems("add", 2, 8)
+
+
+def test_twins_are_on_the_same_side():
+    """47 + 85 and 85 + 47 are one problem."""
+    rng = random.Random(1)
+    train = {rl.draw_problem("add", 2, rng).prompt for _ in range(20_000)}
+    held_out = [p.prompt for p in rl.held_out_problems("add", 2, 64)]
+    assert not {"+".join(reversed(p[:-1].split("+"))) + "=" for p in held_out} & train
+
+
+def test_every_problem_of_a_suite_is_written_at_one_width():
+    rng = random.Random(0)
+    for suite in rl.SUITES:
+        for difficulty in (1, 3, 8):
+            widths = {
+                (len(p.prompt), len(p.solution)) for p in (rl.draw_problem(suite, difficulty, rng) for _ in range(50))
+            }
+            assert widths == {rl.longest([suite], difficulty)}
+
+
+def test_answers_are_read_lowest_digit_first():
+    problem = rl.Problem("add", "50+50=", "10")
+    assert rl.is_right(problem, "####010") and rl.is_right(problem, "####01")
+    assert not rl.is_right(problem, "####10") and not rl.is_right(problem, "010")
 
 
 def test_a_suite_with_few_problems_gives_what_it_has():
@@ -317,6 +341,12 @@ def test_a_runaway_ratio_is_no_nan(name):
     assert torch.isfinite(torch.autograd.grad(loss, far)[0]).all()
 
 
+def test_k3_is_finite_however_far_the_policy_has_gone():
+    logp = torch.tensor([-1000.0], requires_grad=True)
+    kl = rl.k3_kl(logp, torch.zeros(1), torch.ones(1))
+    assert torch.isfinite(kl) and torch.isfinite(torch.autograd.grad(kl, logp)[0]).all()
+
+
 def test_k3_is_the_kl_on_average_and_never_negative():
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
     each = torch.stack([rl.k3_kl(p[i : i + 1], q[i : i + 1], torch.ones(1)) for i in range(3)])
@@ -367,6 +397,13 @@ def test_dynamic_sampling_gives_up_after_some_rounds(monkeypatch):
     assert len(reward) == len(samples.tokens_BT) == 0 and metrics["reward/frac_zero_std"] == 1.0
     adv = rl.advantages(reward, "group_std").flatten()
     assert rl.minibatches(None, None, samples, adv, rl.ALGOS["dapo"], "ce", CFG) == ([], {})
+
+
+def test_the_overlong_penalty_is_in_the_reward_but_does_not_make_a_group_informative(monkeypatch):
+    monkeypatch.setattr(rl, "overlong_penalty", lambda length_B, R: -torch.arange(len(length_B)) / 10)
+    samples, reward, metrics, _ = scripted(monkeypatch, [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]] + [[0.0, 0.0]] * 9, "dapo")
+    assert samples.tokens_BT[::2, 0].tolist() == [1, 2] and metrics["reward/mean"] < 4 / 12
+    torch.testing.assert_close(reward, torch.tensor([[0.8, -0.3], [-0.4, 0.5]]))
 
 
 def test_without_it_every_group_stays(monkeypatch):
@@ -456,6 +493,32 @@ def test_mtp_loss_and_deltas_by_hand(objective):
     assert len(out.delta_rl_N) == sum(map(bool, delta))
 
 
+def test_log_probs_are_those_of_the_temperature_that_sampled():
+    for temperature in (1.0, 0.5):
+        model, heads, parts, _, cfg = whole_batch("ce", updates_per_rollout=1, temperature=temperature)
+        mb = parts[0]
+        out = rl.losses(model, heads, mb, rl.ALGOS["dapo"], "ce", cfg, True, 1.0)
+        main, deep, valid, _ = mtp.logprobs(model, heads, mb.tokens_BT, mb.mask_BT, temperature)
+        torch.testing.assert_close(mb.logp_old_BT, main)
+        torch.testing.assert_close(out.stats["mtp/loss_2"], -deep[1][valid[1]].mean().detach())
+
+
+def test_the_samplers_eos_is_in_the_minibatch_with_a_weight():
+    model, heads = tiny()
+    samples = rl.generate(model, [[1, 2, 3]] * 2, 2, 8, eos=5, generator=torch.Generator().manual_seed(2))
+    (mb,), _ = rl.minibatches(
+        model,
+        heads,
+        samples,
+        torch.ones(4),
+        rl.ALGOS["dapo"],
+        "ce",
+        SimpleNamespace(**{**vars(CFG), "updates_per_rollout": 1}),
+    )
+    ends = (mb.tokens_BT[:, 1:] == 5) & mb.mask_BT
+    assert ends.any() and (mb.weight_BT[ends] > 0).all() and (mb.weight_KBT[0][ends] > 0).any()
+
+
 def test_eos_is_trained():
     model, heads, parts, _, cfg = whole_batch(updates_per_rollout=1)
     tokens, mask = batch()
@@ -506,6 +569,8 @@ def test_rollout_scores_what_was_sampled():
         assert tok.decode([t for t in row[mask].tolist() if t != 256]) == text
     right = rl.rollout(model, tok, [p._replace(answer=texts[0]) for p in problems], 4, 10)[2]
     assert not right.any()  # the whole text is never an answer
+    twice = rl.rollout(model, tok, [problems[0]] * 2, 4, 10, generator=torch.Generator().manual_seed(0))
+    assert twice[2].shape == (2, 4) and twice[1][:4] != twice[1][4:]  # groups are by place, not by prompt
 
 
 def test_evaluation_uses_the_same_numbers_every_time_whatever_the_seed_of_torch():
@@ -514,3 +579,5 @@ def test_evaluation_uses_the_same_numbers_every_time_whatever_the_seed_of_torch(
     first = rl.evaluate(model, tok, problems, 16, 6)
     torch.manual_seed(5)
     assert first.shape == (6, 16) and torch.equal(first, rl.evaluate(model, tok, problems, 16, 6))
+    assert rl.evaluate(model, tok, problems[:2], 20, 6, rows=8).shape == (2, 20)
+    assert rl.evaluate(model, tok, problems[:2], 20, 6, temperature=0).shape == (2, 20)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,10 @@ def metrics(cfg, clock=False):
 
 def weights(cfg, part="model"):
     return torch.load(Path(cfg.out) / "ckpt.pt", weights_only=True)[part]
+
+
+def base(cfg):
+    return train.pretrained(cfg, rl.get_tokenizer("bytes"), torch.device("cpu"), ())
 
 
 def resume(cfg, *flags):
@@ -68,13 +73,14 @@ def test_a_run_of_each_regime(small, regime, capsys):
     assert "reward" in (Path(cfg.out) / "samples.txt").read_text()
 
 
-def test_off_and_detach_move_the_trunk_alike_bit_by_bit(small):
+@pytest.mark.parametrize("changes", ({}, {"tied": True}, {"mtp_design": "parallel", "algo": "grpo"}))
+def test_off_and_detach_move_the_trunk_alike_bit_by_bit(small, changes):
     runs = {}
     for regime in ("off", "detach", "policy"):
-        cfg = small(regime, regime=regime, save_every=1)
+        cfg = small(regime, regime=regime, **changes)
         train.main(cfg)
         runs[regime] = weights(cfg)
-    start = train.pretrained(cfg, rl.get_tokenizer("bytes"), torch.device("cpu"), ())[0].state_dict()
+    start = base(cfg)["model"]
     assert all(torch.equal(runs["off"][name], runs["detach"][name]) for name in start)
     assert any(not torch.equal(runs["off"][name], runs["policy"][name]) for name in start)
     assert all(not torch.equal(runs["off"][name], start[name]) for name in start)  # and the trunk did move
@@ -83,7 +89,7 @@ def test_off_and_detach_move_the_trunk_alike_bit_by_bit(small):
 def test_heads_learn_when_detached(small):
     cfg = small(regime="detach")
     train.main(cfg)
-    start = train.pretrained(cfg, rl.get_tokenizer("bytes"), torch.device("cpu"), ())[1].state_dict()
+    start = base(cfg)["heads"]
     assert all(not torch.equal(p, start[name]) for name, p in weights(cfg, "heads").items())
 
 
@@ -118,7 +124,7 @@ def test_lam_scope_all_scales_what_the_heads_learn(small):
         cfg = small(name, regime="ce", **changes)
         train.main(cfg)
         heads[name] = weights(cfg, "heads")
-    start = train.pretrained(cfg, rl.get_tokenizer("bytes"), torch.device("cpu"), ())[1].state_dict()
+    start = base(cfg)["heads"]
     moved = {name: sum((p - start[key]).norm() for key, p in h.items()) for name, h in heads.items()}
     assert moved["all"] == 0 < moved["none"]
 
@@ -135,9 +141,11 @@ def test_same_seed_same_log(small):
     assert logs["a"] == logs["b"] != logs["c"]
 
 
-@pytest.mark.parametrize("algo", ("dapo", "grpo"))
-def test_resumed_equals_unbroken(small, algo):
-    whole, broken = small("whole", algo=algo), small("broken", algo=algo)
+@pytest.mark.parametrize(
+    "changes", ({}, {"algo": "grpo"}, {"regime": "exact"}, {"occ_proxy": "hidden"}, {"regime": "off"})
+)
+def test_resumed_equals_unbroken(small, changes):
+    whole, broken = small("whole", **changes), small("broken", **changes)
     train.main(whole)
     original = train.Run.log
 
@@ -163,7 +171,7 @@ def test_resumed_equals_unbroken(small, algo):
 def test_interrupted_before_the_first_checkpoint(small, monkeypatch):
     whole, broken = small("whole"), small("broken", cache_dir=str(Path(small().out).parent / "other"))
     train.main(whole)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"go on with: python train.py --resume {broken.out}"):
         train.main(broken, stop=[1])  # asked to stop during pretraining
     assert not (Path(broken.out) / "ckpt.pt").exists()
     assert resume(broken) == 0
@@ -193,22 +201,99 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(small, monkeypatch, capsys):
     assert metrics(broken) == metrics(whole)
 
 
-def test_resume_can_extend_a_run(small):
-    cfg, longer = small("short"), small("long", steps=6)
+def test_resume_can_extend_a_run_and_remembers_how_far(small, capsys):
+    cfg, longer = small("short"), small("long", steps=8)
     train.main(cfg)
     train.main(longer)
-    assert resume(cfg, "--steps", "6") == 0
+    stop = train.command_line(["--resume", cfg.out, "--steps", "8"])
+    assert train.main(*stop, stop=[1]) == 130  # stopped on the way
+    assert len(metrics(cfg)) == 1 + 5
+    assert "--steps 4: must be 5 or more" in fails(capsys, "--resume", cfg.out, "--steps", "4")
+    assert resume(cfg) == 0
     assert metrics(cfg) == metrics(longer)
+
+
+def test_resuming_twice(small, monkeypatch):
+    """Cut back past an evaluation, stopped before the next one, and resumed again."""
+    whole, broken = (
+        small("whole", save_every=3, eval_every=4, steps=8),
+        small("broken", save_every=3, eval_every=4, steps=8),
+    )
+    train.main(whole)
+    original = train.Run.log
+    monkeypatch.setattr(
+        train.Run, "log", lambda run, r: original(run, r) or r["step"] == 5 and (_ for _ in ()).throw(MemoryError)
+    )
+    with pytest.raises(MemoryError):
+        train.main(broken)
+    monkeypatch.undo()
+    monkeypatch.setattr(rl, "is_right", lambda problem, text: zlib.crc32(text.encode()) % 2 == 0)
+    assert train.main(*train.command_line(["--resume", broken.out]), stop=[1]) == 130
+    assert resume(broken) == 0
+    assert metrics(broken) == metrics(whole)
+    assert (Path(broken.out) / "samples.txt").read_text() == (Path(whole.out) / "samples.txt").read_text()
+
+
+# What is logged
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"algo": "reinforce"},
+        {"algo": "drgrpo"},
+        {"algo": "gspo"},
+        {"advantage": "loo"},
+        {"mtp_base": "main", "lam_scope": "all", "occ_average": "ratios"},
+        {"occ_proxy": "hidden", "mtp_depth": 2},
+        {"regime": "exact", "mtp_design": "parallel"},
+        {"logp_impl": "chunked", "temperature": 0.7},
+    ),
+)
+def test_variants_run_and_lambda_moves(small, changes):
+    cfg = small(**changes)
+    assert train.main(cfg) == 0
+    assert any(r["occ/lam"] != 0 for r in metrics(cfg)[1:])
+
+
+def test_naive_and_chunked_give_the_same_metrics(small):
+    logs = []
+    for impl in ("naive", "chunked"):
+        train.main(small(impl, logp_impl=impl))
+        logs.append(metrics(small(impl, logp_impl=impl)))
+    for a, b in zip(*logs):
+        assert all(a[key] == pytest.approx(b[key], rel=1e-2, abs=1e-4) for key in a if key != "mtp/logp_impl")
+    assert logs[1][1]["mtp/logp_impl"] == "chunked"
+
+
+def test_the_kl_is_to_the_frozen_base(small):
+    cfg = small(algo="grpo", updates_per_rollout=1)
+    train.main(cfg)
+    kl = [r["actor/kl"] for r in metrics(cfg)[1:]]
+    assert abs(kl[0]) < 1e-6 < kl[1] < kl[3]
+
+
+def test_the_probe_sees_the_minibatch_as_the_update_does(small):
+    cfg = small(regime="exact", dynamic_sampling=False)
+    train.main(cfg)
+    probes = [r for r in metrics(cfg) if "occ/c" in r]
+    assert probes and all(r["occ/lam"] == pytest.approx(r["occ/lam_star"], rel=1e-3) for r in probes)
+
+
+def test_summary():
+    updates = [{"a": 1.0, "mtp/ratio_max_1": 5.0, "occ/lam": 0.0}, {"a": 2.0, "mtp/ratio_max_1": 3.0, "occ/lam": 0.4}]
+    assert train.summary(updates) == {"a": 1.5, "mtp/ratio_max_1": 5.0, "occ/lam": 0.4}
+    assert train.summary([]) == {}
 
 
 # Runs that cannot learn
 
 
 def test_a_rollout_where_all_are_wrong_changes_nothing(small, monkeypatch):
-    monkeypatch.setattr(rl, "answers_equal", lambda gold, text: False)
+    monkeypatch.setattr(rl, "is_right", lambda problem, text: False)
     cfg = small(overlong=False)
     assert train.main(cfg) == 0
-    start = train.pretrained(cfg, rl.get_tokenizer("bytes"), torch.device("cpu"), ())[0].state_dict()
+    start = base(cfg)["model"]
     assert all(torch.equal(p, start[name]) for name, p in weights(cfg).items())
     assert all(r["reward/frac_zero_std"] == 1 for r in metrics(cfg)[1:])
 
@@ -222,7 +307,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
         return out._replace(rl=out.rl * float("nan")) if len(calls) == 5 else out
 
     monkeypatch.setattr(rl, "losses", broken)
-    monkeypatch.setattr(train.occ, "probe", lambda *a: {})
+    monkeypatch.setattr(train.occ, "probe", lambda *a, **k: {})
     with pytest.raises(SystemExit) as exit, evaluation.reporting("train.py"):
         train.main(cfg)
     assert exit.value.code == 1
@@ -251,6 +336,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
         ("num_generations", "1", "must be 2 or more"),
         ("temperature", "0", "must be above 0"),
         ("lr", "nan", "must be above 0"),
+        ("lam", "nan", "must be a finite number"),
+        ("dual_clip", "0.5", "must be above 1"),
+        ("seed", "99999999999", "must be 0 or more"),
+        ("max_new_tokens", "4", "must be 11 or more for this task and difficulty"),
         ("lr", "fast", "invalid float value: 'fast'"),
         ("careless", "1.5", "must be a share from 0 to 1"),
         ("difficulty", "9", "must be 1 to 8"),
@@ -277,10 +366,28 @@ def test_a_folder_that_holds_a_run_is_left_alone(small, capsys):
     assert before == {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+@pytest.mark.parametrize("name", ("samples.txt", "ckpt.pt", "curves.png"))
+def test_files_of_other_people_are_left_alone(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert f"has a {name}" in fails(capsys, "--out", str(tmp_path), "--cache_dir", str(tmp_path / "base"))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ("out", "cache_dir"))
+def test_a_folder_that_cannot_be_made(tmp_path, capsys, flag):
     (tmp_path / "file").write_text("mine")
-    line = fails(capsys, "--out", str(tmp_path / "file" / "run"))
+    paths = {"out": str(tmp_path / "run"), "cache_dir": str(tmp_path / "base"), flag: str(tmp_path / "file" / "x")}
+    line = fails(capsys, "--out", paths["out"], "--cache_dir", paths["cache_dir"])
     assert "file" in line and (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "run").exists()  # found before anything was made
+
+
+def test_group_of_one(capsys):
+    assert "--num_generations 1: must be 2 or more" in fails(capsys, "--num_generations", "1")
+    assert "--num_generations 1" in fails(
+        capsys, "--num_generations", "1", "--advantage", "batch"
+    )  # dapo would drop it
+    assert train.command_line("--num_generations 1 --algo reinforce".split())[0].num_generations == 1
 
 
 def test_resume_takes_no_other_flag(small, capsys):
@@ -314,8 +421,18 @@ def test_damaged_runs_are_refused_in_one_line(small, tmp_path, capsys):
     state = torch.load(ckpt, weights_only=True)
     torch.save(state | {"version": 0}, ckpt)
     assert "a checkpoint of version 0; this is version 1" in fails(capsys, "--resume", cfg.out)
-    torch.save(state | {"model": {"wte.weight": torch.zeros(2, 2)}}, ckpt)
+    torch.save({"version": 1, "model": state["model"]}, ckpt)
+    assert "ckpt.pt: not a readable checkpoint" in fails(capsys, "--resume", cfg.out)
+    before = (run / "metrics.jsonl").read_bytes()
+    torch.save(state | {"model": {"wte.weight": torch.zeros(2, 2)}, "sizes": dict.fromkeys(state["sizes"], 0)}, ckpt)
     assert "do not fit the sizes" in fails(capsys, "--resume", cfg.out)
+    ckpt.unlink()
+    assert "ckpt.pt: missing, though metrics.jsonl has 4 steps" in fails(capsys, "--resume", cfg.out)
+    assert (run / "metrics.jsonl").read_bytes() == before  # refused before anything was cut
+    (tmp_path / "thesis.txt").write_text("mine")
+    torch.save(state | {"sizes": state["sizes"] | {str(tmp_path / "thesis.txt"): 0}}, ckpt)
+    assert resume(cfg) == 0 and (tmp_path / "thesis.txt").read_text() == "mine"
+    capsys.readouterr()
     ckpt.write_bytes(good)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
