@@ -275,6 +275,7 @@ class Run:
         """Prompts, completions and rewards, for people."""
         lines = [f"step {step}  reward {reward:5.2f}  {prompt!r} -> {text!r}\n" for prompt, text, reward in examples]
         self.files["samples.txt"].write("".join(lines) + "\n")
+        self.files["samples.txt"].flush()
 
     def save(self, step, steps, model, heads, optimizer, scores):
         """A checkpoint after `step` of `steps`, with the sizes that the growing files have now."""

@@ -215,10 +215,8 @@ def test_resume_can_extend_a_run_and_remembers_how_far(small, capsys):
 
 def test_resuming_twice(small, monkeypatch):
     """Cut back past an evaluation, stopped before the next one, and resumed again."""
-    whole, broken = (
-        small("whole", save_every=3, eval_every=4, steps=8),
-        small("broken", save_every=3, eval_every=4, steps=8),
-    )
+    often = dict(save_every=3, eval_every=5, steps=6)
+    whole, broken = small("whole", **often), small("broken", **often)
     train.main(whole)
     original = train.Run.log
     monkeypatch.setattr(
