@@ -5,8 +5,8 @@
 
 avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
 is right, estimated without bias from n samples of which c are right (Chen et al. 2021, arXiv 2107.03374). Intervals are
-over problems: mean ± 1.96 standard errors. Plots read metrics.jsonl and nothing else; runs that differ in nothing but
-the seed are one line, with a 95 % band (Student's t) over seeds.
+over problems: mean ± 1.96 standard errors (0 where all problems agree). Plots read metrics.jsonl and nothing else; runs
+that differ in nothing but the seed are one line, with a 95 % band (Student's t) over seeds.
 
 The model is rebuilt from the run's own config. What both commands share with train.py is here too: reading a run,
 evaluation during training, and the command line's manners (a mistake is one line on stderr, exit code 2).
@@ -33,6 +33,7 @@ from model import GPT, GPTConfig, autocast
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
 SUPPRESS = argparse.SUPPRESS
+POINTS = 60  # of a line in a plot, at most
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
 
 
@@ -207,10 +208,17 @@ def group_runs(folders):
 
 
 def series(runs, value):
-    """Steps that every run has, mean and half-width of the 95 % band (nan for one run) of value(record) over runs."""
+    """Steps that every run has, mean and half-width of the 95 % band (nan for one run) of value(record) over runs.
+
+    More than POINTS steps are averaged in blocks, run by run, so that the band is that of the block's mean.
+    """
     tables = [{r["step"]: y for r in records if (y := value(r)) is not None} for records in runs]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     y = torch.tensor([[table[s] for s in steps] for table in tables], dtype=torch.float64)
+    if len(steps) > POINTS:
+        size = -(-len(steps) // POINTS)
+        y = torch.stack([block.mean(1) for block in y.split(size, dim=1)], dim=1)
+        steps = [block.mean().item() for block in torch.tensor(steps, dtype=torch.float64).split(size)]
     n = len(tables)
     half = T_95[min(n - 2, 9)] * y.std(0) / n**0.5 if n > 1 else torch.full((len(steps),), math.nan)
     return steps, y.mean(0).tolist(), half.tolist()
@@ -248,26 +256,23 @@ def plot(folders, path):
     groups = group_runs(folders)
     figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
     for axis, (title, label, value, scale) in zip(axes.flat, PANELS):
-        for color, (name, runs) in enumerate(groups.items()):
-            steps, mean, half = series(runs, value)
-            if not steps or scale == "log" and not any(y > 0 for y in mean):
-                continue
-            axis.plot(steps, mean, color=f"C{color}", label=f"{name} (n = {len(runs)})", linewidth=1.4)
-            if len(runs) > 1:
-                low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-                axis.fill_between(steps, low, high, color=f"C{color}", alpha=0.2, linewidth=0)
+        lines = {name: series(runs, value) for name, runs in groups.items()}
+        drawn = [abs(y) for _, mean, _ in lines.values() for y in mean if y]
+        if drawn and scale != "linear":
+            axis.set_yscale(scale, **({"linthresh": max(drawn) / 30} if scale == "symlog" else {}))
+        for i, (name, (steps, mean, _)) in enumerate(lines.items()):
+            axis.plot(steps, mean, color=f"C{i}", label=f"{name} (n = {len(groups[name])})", linewidth=1.4)
+        limits = axis.get_ylim()
+        for i, (steps, mean, half) in enumerate(lines.values()):
+            low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+            axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+        if scale != "linear":  # there a band can reach to nowhere
+            axis.set_ylim(limits)
         axis.set(title=title, xlabel="step", ylabel=label)
-        if axis.lines:
-            axis.set_yscale(scale, **({"linthresh": linear_part(axis)} if scale == "symlog" else {}))
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def linear_part(axis):
-    """Where a symmetric-log axis turns linear: at a hundredth of the largest value drawn."""
-    return max((abs(y) for line in axis.lines for y in line.get_ydata()), default=1.0) / 100 or 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

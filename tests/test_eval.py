@@ -59,6 +59,13 @@ def test_series_over_seeds():
     assert all(math.isnan(h) for h in evaluation.series(runs[:1], lambda r: r.get("y"))[2])
 
 
+def test_long_series_are_averaged_in_blocks_run_by_run():
+    runs = [[{"step": s, "y": float(s % 2 + seed)} for s in range(120)] for seed in (0, 1)]
+    steps, mean, half = evaluation.series(runs, lambda r: r["y"])
+    assert steps == [2 * i + 0.5 for i in range(60)] and mean == [1.0] * 60
+    assert half == pytest.approx([12.71 * math.sqrt(0.5) / math.sqrt(2)] * 60)
+
+
 def test_the_two_terms_of_the_decomposition():
     record = {"occ/lam": 0.5, "occ/c": 3.0, "occ/v2": 8.0}
     eta, L = 0.1, 2.0
