@@ -129,7 +129,7 @@ def split_terms(g_a, m_a, g_b, m_b, share=0.5):
 
 
 def coefficient(out, trunk, cfg):
-    """λ of one minibatch by the rule of cfg.regime, and the ĉ and v̂² of its proxy (sums over tokens, or products at h).
+    """λ of one minibatch by the rule of cfg.regime, with the ĉ and v̂² of its proxy (over tokens, or products at h).
 
     out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states
     at the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. Only "hidden" and "exact"

@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import eval as evaluation  # noqa: E402
 import mtp  # noqa: E402
 import rl  # noqa: E402
 import train  # noqa: E402
@@ -48,9 +49,13 @@ SMALL |= dict(steps=4, prompts_per_step=4, num_generations=4, updates_per_rollou
 SMALL |= dict(eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every=2)
 
 
+PLOT = evaluation.plot
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Makes a Config of a run that takes a fraction of a second; rewards are a coin tossed by the completion."""
+    monkeypatch.setattr(evaluation, "plot", lambda folders, path: None)  # most of a small run's time
     monkeypatch.setattr(rl, "is_right", lambda problem, text: zlib.crc32(text.encode()) % 2 == 0)
 
     def make(name="run", **changes):

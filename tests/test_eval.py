@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PLOT
 
 import eval as evaluation
 import occ
@@ -97,7 +98,7 @@ def test_score_rebuilds_the_trained_model(small):
     assert all(torch.equal(p, saved[name]) for name, p in model.state_dict().items())
 
 
-def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path):
+def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path, monkeypatch):
     folders = []
     for name, changes in (("a", {}), ("b", dict(seed=1)), ("c", dict(regime="detach")), ("d", dict(regime="off"))):
         cfg = small(name, **changes)
@@ -114,6 +115,7 @@ def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path
     assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0003", "occ lr=0.001"}
     with pytest.raises(ValueError, match="seed 0 of 'occ' is there already; a band needs different seeds"):
         evaluation.group_runs([folders[0], folders[0]])
+    monkeypatch.setattr(evaluation, "plot", PLOT)
     command("plot", *folders, "--out", str(tmp_path / "all.png"))
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
     command("plot", folders[3])
@@ -133,7 +135,8 @@ def test_a_torn_last_line_is_left_out_and_a_torn_other_line_is_named(small):
         evaluation.read_metrics(cfg.out)
 
 
-def test_mistakes_are_one_line(small, tmp_path, capsys):
+def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "plot", PLOT)
     assert "not a run: it has no metrics.jsonl" in fails(capsys, "score", str(tmp_path))
     assert "not a run" in fails(capsys, "plot", str(tmp_path / "nowhere"))
     assert "--k 0: must be 1 or more" in fails(capsys, "score", "x", "--k", "0")

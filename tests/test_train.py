@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PLOT
 
 import eval as evaluation
 import occ
@@ -47,7 +48,8 @@ def fails(capsys, *argv):
 
 
 @pytest.mark.parametrize("regime", occ.REGIMES)
-def test_a_run_of_each_regime(small, regime, capsys):
+def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "plot", PLOT)
     cfg = small(regime=regime, mtp_depth=2)
     assert train.main(cfg) == 0
     line = capsys.readouterr().out.splitlines()[-1]
