@@ -32,7 +32,6 @@ from model import GPT, GPTConfig, autocast
 
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
-SUPPRESS = argparse.SUPPRESS
 POINTS = 60  # of a line in a plot, at most
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
 
@@ -120,15 +119,24 @@ def load_run(folder, device):
 # Scores
 
 
-def evaluate(model, tok, cfg, device):
+def accuracy(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768):
+    """(number of problems, k) 0/1 results, about `rows` sequences at a time. Same seed, same random numbers."""
+    generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
+    n = max(rows // G, 1)
+    parts = [problems[i : i + n] for i in range(0, len(problems), n)]
+    with autocast(model.wte.weight.device):
+        right = [rl.rollout(model, tok, part, G, max_new_tokens, temperature, generator)[2] for part in parts]
+    return torch.cat(right).expand(-1, k)
+
+
+def evaluate(model, tok, cfg):
     """During training: {eval/score, eval/<suite>}, avg@eval_k on held-out problems in points of 100.
 
     The score is the mean of the suites. The same problems and the same random numbers every time.
     """
     suites = rl.suites_of(cfg.task)
     problems = [p for suite in suites for p in rl.held_out_problems(suite, cfg.difficulty, cfg.eval_problems)]
-    with autocast(device):
-        right = rl.evaluate(model, tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature)
+    right = accuracy(model, tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature)
     mean = {s: 100 * right[[i for i, p in enumerate(problems) if p.suite == s]].mean().item() for s in suites}
     return {"eval/score": sum(mean.values()) / len(mean)} | {f"eval/{s}": value for s, value in mean.items()}
 
@@ -150,8 +158,7 @@ def score(folder, k, temperature, problems_a_suite, device):
     rows = []
     for suite in rl.suites_of(cfg.task):
         problems = rl.held_out_problems(suite, cfg.difficulty, problems_a_suite)
-        with autocast(device):
-            right = rl.evaluate(model, tok, problems, k, cfg.max_new_tokens, temperature).sum(1).int().tolist()
+        right = accuracy(model, tok, problems, k, cfg.max_new_tokens, temperature).sum(1).int().tolist()
         passed = [[100 * pass_at_k(k, c, j) for c in right] for j in shown(k)]
         rows.append((suite, [100 * c / k for c in right], passed))
     return table(rows, k)
@@ -283,14 +290,14 @@ class Parser(argparse.ArgumentParser):
     """No abbreviations; a mistake is one line."""
 
     def __init__(self, description=None, **kwargs):
-        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | kwargs
-        super().__init__(description=description, **kwargs)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise ValueError(message)
 
     def add_fields(self, config):
-        """A flag for each field of a dataclass; the comment behind the field is the help text."""
+        """A flag for each field of a dataclass; the comment behind it is the help text. Flags not given leave nothing."""
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
         for f in dataclasses.fields(config):
             kinds = [t for t in get_args(f.type) or (f.type,) if t not in (None, type(None))]
@@ -298,7 +305,8 @@ class Parser(argparse.ArgumentParser):
                 "type": kinds[0], "metavar": kinds[0].__name__}  # fmt: skip
             options = {"action": argparse.BooleanOptionalAction} if kinds[0] is bool else options
             default = "" if f.default in (None, "") else f" [{f.default}]"
-            self.add_argument(f"--{f.name}", help=(comments[f.name] + default).replace("%", "%%"), **options)
+            text = (comments[f.name] + default).replace("%", "%%")
+            self.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **options)
 
 
 @contextlib.contextmanager

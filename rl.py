@@ -521,16 +521,3 @@ def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
     delta_mtp_BT = ((logp_KBT - old_KBT) * mask_KBT).sum(0) / depths_BT.clamp(min=1)
     deltas = ((logp_BT - old_BT)[scored_BT].detach(), delta_mtp_BT[scored_BT].detach())
     return Losses(loss_rl, loss_mtp, *deltas, h_BTC, {name: value.detach() for name, value in stats.items()})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768):
-    """(number of problems, k) 0/1 results, about `rows` sequences at a time. Same seed, same random numbers."""
-    generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
-    n = max(rows // G, 1)
-    parts = [problems[i : i + n] for i in range(0, len(problems), n)]
-    right = [rollout(model, tok, part, G, max_new_tokens, temperature, generator)[2] for part in parts]
-    return torch.cat(right).expand(-1, k)

@@ -199,12 +199,11 @@ def pretrained(cfg, tok, device, stop):
     what = json.dumps([torch.__version__, device.type, code, {name: getattr(cfg, name) for name in names}])
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        evaluation.load_weights(torch.load(path, map_location=device, weights_only=True), model, heads)
     except Exception:  # not there or damaged: made (again)
         pretrain(cfg, tok, model, heads, device, stop)
-        base = {"model": model.state_dict(), "heads": heads.state_dict()}
-        save_atomically(base, path)
-        return base
+        save_atomically({"model": model.state_dict(), "heads": heads.state_dict()}, path)
+    return {"model": model.state_dict(), "heads": heads.state_dict()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ class Run:
 
     def __init__(self, cfg, ckpt=None):
         """Open a run's folder to go on; what its files hold from after the checkpoint (without one: all) is cut off."""
-        self.dir, self.saved = Path(cfg.out), ckpt["step"] if ckpt else None
+        self.dir, self.steps, self.saved = Path(cfg.out), cfg.steps, ckpt["step"] if ckpt else None
         self.start = time.perf_counter() - (ckpt["seconds"] if ckpt else 0)
         with open(self.dir / "metrics.jsonl", "rb") as f:
             sizes = ckpt["sizes"] if ckpt else {"metrics.jsonl": len(f.readline()), "samples.txt": 0}
@@ -277,13 +276,13 @@ class Run:
         self.files["samples.txt"].write("".join(lines) + "\n")
         self.files["samples.txt"].flush()
 
-    def save(self, step, steps, model, heads, optimizer, scores):
-        """A checkpoint after `step` of `steps`, with the sizes that the growing files have now."""
+    def save(self, step, model, heads, optimizer, scores):
+        """A checkpoint after `step`, with the sizes that the growing files have now."""
         for f in self.files.values():
             f.flush()
             os.fsync(f.fileno())
         sizes = {name: f.tell() for name, f in self.files.items()}
-        state = {"version": evaluation.VERSION, "step": step, "steps": steps, "seconds": self.seconds()}
+        state = {"version": evaluation.VERSION, "step": step, "steps": self.steps, "seconds": self.seconds()}
         state |= {"sizes": sizes, "scores": scores, "optimizer": optimizer.state_dict()}
         state |= {"model": model.state_dict(), "heads": heads.state_dict() if heads else None}
         save_atomically(state, self.dir / "ckpt.pt")
@@ -354,10 +353,10 @@ def main(cfg, ckpt=None, resume=False, stop=()):
     base = pretrained(cfg, tok, device, stop) if ckpt is None or algo.kl_coef else None
     if ckpt is None:
         evaluation.load_weights(base, model, heads)
-        evals = evaluation.evaluate(model, tok, cfg, device)
+        evals = evaluation.evaluate(model, tok, cfg)
         start, scores = 0, [evals["eval/score"]]
         run.log({"step": 0, "time": run.seconds()} | evals)
-        run.save(0, cfg.steps, model, heads, optimizer, scores)
+        run.save(0, model, heads, optimizer, scores)
     reference = None
     if algo.kl_coef:
         reference = copy.deepcopy(model).requires_grad_(False)
@@ -410,14 +409,14 @@ def main(cfg, ckpt=None, resume=False, stop=()):
         record |= {"perf/rollout_s": rolled - began, "perf/update_s": ended - rolled,
                    "perf/tokens_per_s": record["response_length/sum"] / (ended - began)}  # fmt: skip
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            record |= evaluation.evaluate(model, tok, cfg, device)
+            record |= evaluation.evaluate(model, tok, cfg)
             scores.append(record["eval/score"])
             run.show(step, examples)
         run.log(record)
         reward, lam = record["reward/mean"], record.get("occ/lam", 0.0)
         bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            run.save(step, cfg.steps, model, heads, optimizer, scores)
+            run.save(step, model, heads, optimizer, scores)
         if stop and step < cfg.steps:
             bar.close()
             print(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
@@ -434,11 +433,11 @@ def main(cfg, ckpt=None, resume=False, stop=()):
 
 def command_line(argv):
     """Arguments -> (config, checkpoint or None, whether to resume). The flags are the fields of Config."""
-    parser = evaluation.Parser(__doc__, argument_default=evaluation.SUPPRESS)
+    parser = evaluation.Parser(__doc__)
     parser.add_fields(Config)
     parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with (to --steps, if given)")
     given = vars(parser.parse_args(argv))
-    folder = given.pop("resume", None)
+    folder = given.pop("resume")
     if folder is None:
         return Config(**given), None, False
     extra = sorted(set(given) - {"steps"})

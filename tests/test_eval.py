@@ -85,7 +85,7 @@ def test_score_prints_a_table(small, capsys):
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| add", "| mod", "| all"]
     tok, problems = rl.get_tokenizer("bytes"), rl.held_out_problems("add", cfg.difficulty, 3)
     _, _, model = evaluation.load_run(cfg.out, torch.device("cpu"))
-    right = rl.evaluate(model, tok, problems, 4, cfg.max_new_tokens).mean(1)
+    right = evaluation.accuracy(model, tok, problems, 4, cfg.max_new_tokens).mean(1)
     mean, half = evaluation.interval((100 * right).tolist())
     assert lines[2].startswith(f"| add | 3 | {mean:.1f} ± {half:.1f} |") and 0 < mean < 100
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import batch, tiny
 
+import eval as evaluation
 import mtp
 import occ
 import rl
@@ -576,8 +577,8 @@ def test_rollout_scores_what_was_sampled():
 def test_evaluation_uses_the_same_numbers_every_time_whatever_the_seed_of_torch():
     model, _ = tiny(vocab=257, block=40)
     tok, problems = rl.get_tokenizer("bytes"), rl.held_out_problems("mod", 1, 6)
-    first = rl.evaluate(model, tok, problems, 16, 6)
+    first = evaluation.accuracy(model, tok, problems, 16, 6)
     torch.manual_seed(5)
-    assert first.shape == (6, 16) and torch.equal(first, rl.evaluate(model, tok, problems, 16, 6))
-    assert rl.evaluate(model, tok, problems[:2], 20, 6, rows=8).shape == (2, 20)
-    assert rl.evaluate(model, tok, problems[:2], 20, 6, temperature=0).shape == (2, 20)
+    assert first.shape == (6, 16) and torch.equal(first, evaluation.accuracy(model, tok, problems, 16, 6))
+    assert evaluation.accuracy(model, tok, problems[:2], 20, 6, rows=8).shape == (2, 20)
+    assert evaluation.accuracy(model, tok, problems[:2], 20, 6, temperature=0).shape == (2, 20)

@@ -454,6 +454,10 @@ def test_a_damaged_cache_is_made_again(small):
     again = small("b")
     train.main(again)
     assert metrics(again) == metrics(cfg)
+    torch.save({"model": {}}, path)  # a whole file, but not this model's
+    again = small("c")
+    train.main(again)
+    assert metrics(again) == metrics(cfg)
 
 
 def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
