@@ -297,7 +297,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def add_fields(self, config):
-        """A flag for each field of a dataclass; the comment behind it is the help text. Flags not given leave nothing."""
+        """A flag for each field of a dataclass, its comment the help text. What is not given leaves no attribute."""
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
         for f in dataclasses.fields(config):
             kinds = [t for t in get_args(f.type) or (f.type,) if t not in (None, type(None))]
