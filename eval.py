@@ -15,6 +15,7 @@ evaluation during training, and the command line's manners (a mistake is one lin
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -32,6 +33,7 @@ from model import GPT, GPTConfig, autocast
 
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POINTS = 60  # of a line in a plot, at most
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
 
@@ -45,7 +47,9 @@ def build(cfg, tok, device):
     torch.manual_seed(cfg.seed)
     prompt, solution = rl.longest(rl.suites_of(cfg.task), cfg.difficulty)
     block_size = prompt + max(solution + 1, cfg.max_new_tokens)
-    shape = GPTConfig(tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
+    if 0 < cfg.vocab_size < tok.n_vocab:
+        raise ValueError(f"--vocab_size {cfg.vocab_size}: must be 0, or at least the tokenizer's {tok.n_vocab}")
+    shape = GPTConfig(cfg.vocab_size or tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
     return GPT(shape).to(device), mtp.MTPHeads(shape, cfg.mtp_depth, cfg.mtp_design).to(device)
 
 
@@ -316,7 +320,8 @@ def reporting(prog):
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        broke_down = isinstance(error, FloatingPointError) or getattr(error, "errno", None) in DISK_FULL
+        sys.exit(1 if broke_down else 2)
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted {error}".strip(), file=sys.stderr)
         sys.exit(130)

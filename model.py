@@ -10,6 +10,8 @@ ids, and a row's result cannot depend on how far it was padded. When sampling, r
 Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · S new positions · C channels ·
 H heads · D channels a head · V vocabulary
 
+Several processes (torchrun) each work on a share of the rows and add up what they find: see the end of this file.
+
 Left out: dropout (old and new log-probs of RL must come from the same function), biases, grouped-query attention.
 """
 
@@ -18,8 +20,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 COMPACT = 0.9  # sampling drops finished rows once fewer than this share are alive: then copying the cache pays
 
@@ -40,6 +44,17 @@ class KVCache:
     def __init__(self, cfg, B, T, device, dtype):
         self.kv = torch.zeros(cfg.n_layer, 2, B, T, cfg.n_head, cfg.n_embd // cfg.n_head, device=device, dtype=dtype)
 
+    def expand(self, num_generations, T):
+        """Each row num_generations times, adjacent, and room for T columns; only columns in use are copied."""
+        L, _, B, used, H, D = self.kv.shape
+        old, self.kv = self.kv, self.kv.new_zeros(L, 2, B * num_generations, T, H, D)
+        self.kv.view(L, 2, B, num_generations, T, H, D)[:, :, :, :, :used] = old.unsqueeze(3)
+
+    def keep(self, rows, end):
+        """Only these rows, moved to the front of the same memory; columns from `end` on hold nothing yet."""
+        self.kv[:, :, : len(rows), :end] = self.kv[:, :, :, :end].index_select(2, rows)
+        self.kv = self.kv[:, :, : len(rows)]
+
     def write(self, layer, k, v, pos_BS, end):
         """Store k, v (B, S, H, D) at the columns pos_BS and return columns 0..end-1 of this layer."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
@@ -53,6 +68,22 @@ def rotate(x, rope):
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)². Its gradient is 2 relu(x), from what is saved: half of the passes over memory that autograd takes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return (grad * y).mul_(2)
 
 
 class Block(nn.Module):
@@ -81,7 +112,7 @@ class Block(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, ·, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.attn_out(y.transpose(1, 2).reshape(B, S, C))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.norm_mlp(x))).square())
+        return x + self.mlp_out(ReluSquared.apply(self.mlp_in(self.norm_mlp(x))))
 
 
 class GPT(nn.Module):
@@ -141,11 +172,15 @@ def autocast(device):
 
 
 class Samples(NamedTuple):
-    """Right-padded sequences. mask and logp sit at the token they speak of; both are 0 on prompts and padding."""
+    """Right-padded sequences. mask and logp sit at the token they speak of; both are 0 on prompts and padding.
+
+    h_BTC, if kept, is what `GPT.hidden` gives for the tokens, but for the last of each row, which no one continues.
+    """
 
     tokens_BT: torch.Tensor
     mask_BT: torch.Tensor  # True on sampled tokens, the end-of-sequence token included
     logp_BT: torch.Tensor  # float32 log-prob of each sampled token, at the temperature it was sampled with
+    h_BTC: torch.Tensor | None = None
 
 
 def pad(rows, device):
@@ -172,28 +207,32 @@ def choose(logits_BV, temperature, u_B):
 
 
 @torch.no_grad()
-def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, generator=None):
+def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, u_BR=None, keep_hidden=False):
     """num_generations samples of each prompt: Samples with B = P·G rows, those of a prompt adjacent.
 
-    prompts is a list of token-id lists. Each is read once for all of its samples; finished rows leave the batch.
+    prompts is a list of token-id lists. Each is read once for all of its samples; finished rows leave the batch. u_BR:
+    the uniform random numbers (B, max_new_tokens) that decide the tokens, drawn here if not given.
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
-    device, G, R = model.wte.weight.device, num_generations, max_new_tokens
+    device, P, G, R = model.wte.weight.device, len(prompts), num_generations, max_new_tokens
     prompt_PT, length_P = pad(prompts, device)
-    T = prompt_PT.size(1) + R
+    longest = prompt_PT.size(1)
+    T = longest + R
     if T > model.cfg.block_size:
         size = model.cfg.block_size
-        raise ValueError(f"prompt of {T - R} tokens + max_new_tokens {R} = {T} exceeds block_size {size}")
+        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {R} = {T} exceeds block_size {size}")
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    cache = KVCache(model.cfg, len(prompts), T, device, dtype)
-    h = model.hidden(prompt_PT, cache, torch.arange(T - R, device=device).expand_as(prompt_PT), end=T - R)
-    h_BC = h[torch.arange(len(prompts)), length_P - 1].repeat_interleave(G, 0)
-    cache.kv = cache.kv.repeat_interleave(G, 2)
+    cache = KVCache(model.cfg, P, longest, device, dtype)
+    h_PTC = model.hidden(prompt_PT, cache, torch.arange(longest, device=device).expand_as(prompt_PT), end=longest)
+    cache.expand(G, T)
 
     tokens_BT = F.pad(prompt_PT, (0, R)).repeat_interleave(G, 0)
+    h_BTC = F.pad(h_PTC, (0, 0, 0, R)).repeat_interleave(G, 0) if keep_hidden else None
     mask_BT, logp_BT = torch.zeros_like(tokens_BT, dtype=torch.bool), torch.zeros(tokens_BT.shape, device=device)
-    u_BR = torch.rand(tokens_BT.size(0), R, generator=generator).to(device)
-    row, pos = torch.arange(tokens_BT.size(0), device=device), length_P.repeat_interleave(G)  # of the rows still here
+    u_BR = (torch.rand(P * G, R) if u_BR is None else u_BR).to(device)
+    # of the rows still here: index, position of the next token, hidden state that predicts it, whether it is wanted
+    row, pos = torch.arange(P * G, device=device), length_P.repeat_interleave(G)
+    h_BC = h_PTC[torch.arange(P), length_P - 1].repeat_interleave(G, 0)
     alive = torch.ones_like(row, dtype=torch.bool)
     for step in range(R):
         token, logp = choose(model.logits(h_BC), temperature, u_BR[row, step])
@@ -202,9 +241,51 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
         if step == R - 1 or not alive.any():
             break
         if alive.float().mean() < COMPACT:
-            token, row, pos, cache.kv = token[alive], row[alive], pos[alive], cache.kv[:, :, alive]
-            alive = alive[alive]
-        h_BC = model.hidden(token[:, None], cache, pos[:, None], end=T - R + step + 1)[:, 0]
+            cache.keep(alive.nonzero().squeeze(1), end=longest + step)
+            token, row, pos, alive = token[alive], row[alive], pos[alive], alive[alive]
+        h_BC = model.hidden(token[:, None], cache, pos[:, None], end=longest + step + 1)[:, 0]
+        if keep_hidden:
+            h_BTC[row, pos] = h_BC
         pos = pos + 1
     end = int(mask_BT.any(0).nonzero().max()) + 1
-    return Samples(tokens_BT[:, :end], mask_BT[:, :end], logp_BT[:, :end])
+    return Samples(*(None if x is None else x[:, :end] for x in (tokens_BT, mask_BT, logp_BT, h_BTC)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes. Without torch.distributed these are the identity: one process whose share is everything.
+
+
+def world():
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(n):
+    """The slice of n things that this process works on. The shares of all processes are disjoint and cover 0..n-1."""
+    rank, size = world()
+    return slice(n * rank // size, n * (rank + 1) // size)
+
+
+def total(x, op=dist.ReduceOp.SUM):
+    """x, a tensor, summed over processes (or op=MAX), in place: the same bits on all of them."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
+
+def total_gradients(params):
+    """Sum the gradients over processes. Losses are shares of one loss, so this is its gradient, not an average."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if dist.is_initialized() and grads:
+        flat = total(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+def gather(x):
+    """[x of process 0, x of process 1, ...] for any x that pickles, its tensors on the CPU."""
+    parts = [x]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, x)
+    return parts

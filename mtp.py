@@ -71,18 +71,20 @@ def aligned_masks(mask_BT, depth):
     return [mask_BT & (column >= k) for k in range(1, depth + 1)]
 
 
-def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", door=lambda x: x):
+def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", door=lambda x: x, h_BTC=None):
     """Log-probs of the masked tokens under the trunk and under each head, aligned (see the top of this file).
 
     tokens_BT (B, T); mask_BT (B, T-1), True where token t+1 counts. `door` is applied to each of the three trunk
     tensors that the heads read; occ.scale_grad there decides how much of the MTP gradient enters the trunk.
     Returns logp_BT (B, T-1), logp_KBT and mask_KBT (K, B, T-1), 0 and False outside the mask, and h_BTC.
-    heads may be None: then K = 0.
+    heads may be None: then K = 0. Given h_BTC, the trunk is not run again, and logp_BT is 0.
     """
-    h_BTC, depths = model.hidden(tokens_BT), []
+    run_trunk, depths = h_BTC is None, []
+    if run_trunk:
+        h_BTC = model.hidden(tokens_BT)
     if heads:
         depths = heads(door(h_BTC), door(model.wte(tokens_BT)), model.rope(tokens_BT.size(1)))
-    masks = [mask_BT, *aligned_masks(mask_BT, len(depths))]
+    masks = [mask_BT & run_trunk, *aligned_masks(mask_BT, len(depths))]
     hiddens = [h_BTC[:, :-1], *(F.pad(h, (0, 0, k, 0)) for k, h in enumerate(depths, 1))]  # position i -> column i+k
     mask_DBT = torch.stack(masks)  # D = 1+K: the trunk, then the depths
     target_DBT = tokens_BT[:, 1:].expand(mask_DBT.shape)

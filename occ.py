@@ -64,31 +64,38 @@ def scale_grad(x, lam):
     return x.detach() if lam == 0 else x if lam == 1 else _ScaleGrad.apply(x, torch.tensor(float(lam)))
 
 
-def inner(a, b):
-    """<a, b> over all elements of two tensors of one shape, summed in float64."""
+def itself(x):
+    """The total over one process."""
+    return x
+
+
+def inner(a, b, total=itself):
+    """<a, b> over all elements of two tensors of one shape, summed in float64, and over processes by `total`."""
     assert a.shape == b.shape, f"inner product of {tuple(a.shape)} and {tuple(b.shape)}"
-    return (a.detach().double() * b.detach().double()).sum()
+    return total((a.detach().double() * b.detach().double()).sum())
 
 
-def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8, average="sums"):
+def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8, average="sums", total=itself):
     """λ_t of the paper from changes of log-probs since the rollout: same tokens, same shape, no padding among them.
 
     average="sums": λ₊ Σ δ_RL δ_MTP / (Σ δ_MTP² + ε). "ratios": λ₊ mean(δ_RL δ_MTP / (δ_MTP² + ε)), the released code.
-    Right after a rollout every δ is 0, hence λ is. Returns a float64 tensor of one element, any sign.
+    Right after a rollout every δ is 0, hence λ is. total(x) sums x over processes that hold a share of the tokens each.
+    Returns a float64 tensor of one element, any sign.
     """
     if average == "sums":
-        return lam_plus * inner(delta_rl, delta_mtp) / (inner(delta_mtp, delta_mtp) + eps)
+        return lam_plus * inner(delta_rl, delta_mtp, total) / (inner(delta_mtp, delta_mtp, total) + eps)
     rl, mtp = delta_rl.detach().double(), delta_mtp.detach().double()
-    return lam_plus * (rl * mtp / (mtp.square() + eps)).sum() / max(rl.numel(), 1)
+    count = total(torch.tensor(float(rl.numel()), device=rl.device)).clamp(min=1)
+    return lam_plus * total((rl * mtp / (mtp.square() + eps)).sum()) / count
 
 
-def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
+def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20, total=itself):
     """λ from the gradients a, b of both objectives at the trunk's hidden states: λ₊ <a, b> / (‖b‖² + ε).
 
     Not in the paper. Both objectives reach the trunk mostly through these states (the bound of Sener & Koltun 2018,
     arXiv 1810.04650), and their gradients there cost one backward through the heads, none through the trunk.
     """
-    return lam_plus * inner(grad_rl, grad_mtp) / (inner(grad_mtp, grad_mtp) + eps)
+    return lam_plus * inner(grad_rl, grad_mtp, total) / (inner(grad_mtp, grad_mtp, total) + eps)
 
 
 def delta_mtp(lam, c, v2, eta, L):
@@ -128,27 +135,28 @@ def split_terms(g_a, m_a, g_b, m_b, share=0.5):
     return {"c_split": c_split, "v2_split": inner(m_a, m_b).item() / across}
 
 
-def coefficient(out, trunk, cfg):
+def coefficient(out, trunk, cfg, total=itself):
     """λ of one minibatch by the rule of cfg.regime, with the ĉ and v̂² of its proxy (over tokens, or products at h).
 
     out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states
-    at the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. Only "hidden" and "exact"
-    differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}).
+    at the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. total: sums over processes.
+    Only "hidden" and "exact" differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}).
     """
     rule, a, b = REGIMES[cfg.regime].rule, out.delta_rl_N, out.delta_mtp_N
     if rule == "proxy" and cfg.occ_proxy == "hidden":
         a, b = (torch.autograd.grad(loss, out.h_BTC, retain_graph=True)[0] for loss in (out.rl, out.mtp))
-        lam = hidden_coefficient(a, b, cfg.lam_plus).item()
+        lam = hidden_coefficient(a, b, cfg.lam_plus, total=total)
     elif rule == "proxy":
-        lam = logprob_coefficient(a, b, cfg.lam_plus, average=cfg.occ_average).item()
+        lam = logprob_coefficient(a, b, cfg.lam_plus, average=cfg.occ_average, total=total)
     elif rule == "exact":
-        lam = exact_terms(flat_grad(out.rl, trunk), flat_grad(out.mtp, trunk), cfg.lam_plus)["lam_star"]
+        g, m = (total(flat_grad(loss, trunk)) for loss in (out.rl, out.mtp))
+        lam = exact_terms(g, m, cfg.lam_plus)["lam_star"]
     else:
         lam = cfg.lam if rule == "fixed" else 0.0
-    return lam, {"occ/lam": lam, "occ/c_hat": inner(a, b).item(), "occ/v2_hat": inner(b, b).item()}
+    return lam, {"occ/lam": lam, "occ/c_hat": inner(a, b, total), "occ/v2_hat": inner(b, b, total)}
 
 
-def probe(parts, trunk, lam_plus=1.0, share=0.5):
+def probe(parts, trunk, lam_plus=1.0, share=0.5, total=itself):
     """The exact terms of one minibatch, whatever the regime, for the log.
 
     parts: one or two functions, each running the forward of a part of the minibatch with open doors and returning an
@@ -157,7 +165,7 @@ def probe(parts, trunk, lam_plus=1.0, share=0.5):
     grads = []
     for run in parts:
         out = run()
-        grads.append((flat_grad(out.rl, trunk), flat_grad(out.mtp, trunk)))
+        grads.append((total(flat_grad(out.rl, trunk)), total(flat_grad(out.mtp, trunk))))
     terms = exact_terms(sum(g for g, _ in grads), sum(m for _, m in grads), lam_plus)
     if len(grads) == 2:
         terms |= split_terms(*grads[0], *grads[1], share)

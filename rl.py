@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import mtp
 import occ
-from model import Samples, generate
+from model import Samples, gather, generate, share, total, world
 
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
@@ -269,15 +269,46 @@ def is_right(problem, text):
 # Rollout
 
 
-def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1.0, generator=None):
-    """Samples (B = P·G rows), their texts, and reward_PG: 1.0 where the answer is right."""
-    prompts = [tok.encode_ordinary(p.prompt) for p in problems]
-    samples = generate(model, prompts, num_generations, max_new_tokens, tok.eot_token, temperature, generator)
+def completions(tok, samples):
+    """The sampled tokens of each row as text, without the end of sequence. A model may have more rows of vocabulary
+    than the tokenizer has tokens (padding, for speed): those read as U+FFFD, which no right answer contains."""
+    unknown = tok.encode_single_token(b"\xff")
     rows = zip(samples.tokens_BT.tolist(), samples.mask_BT.tolist())
-    texts = [tok.decode([t for t, m in zip(*row) if m and t != tok.eot_token]) for row in rows]
-    asked = [p for p in problems for _ in range(num_generations)]
-    right = [float(is_right(problem, text)) for problem, text in zip(asked, texts)]
-    return samples, texts, torch.tensor(right).view(len(problems), num_generations)
+    kept = [[t if t < tok.n_vocab else unknown for t, m in zip(*row) if m and t != tok.eot_token] for row in rows]
+    return [tok.decode(row) for row in kept]
+
+
+def join(parts):
+    """Samples of several batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+    T = max(part.tokens_BT.size(1) for part in parts)
+    wide = [[None if x is None else F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.size(1))) for x in p] for p in parts]
+    return Samples(*(None if field[0] is None else torch.cat(field) for field in zip(*wide)))
+
+
+def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1.0, generator=None, keep_hidden=False):
+    """Samples (B = P·G rows), their texts, and reward_PG: 1.0 where the answer is right.
+
+    keep_hidden: keep hidden states for `minibatches`, but under autocast, where those of training are not the same.
+    Of several processes each samples for its share of the problems, and all of them get everything.
+    """
+    G, device, mine = num_generations, model.wte.weight.device, share(len(problems))
+    keep_hidden = keep_hidden and not torch.is_autocast_enabled(device.type)
+    u_BR = torch.rand(len(problems) * G, max_new_tokens, generator=generator)  # of all: a sample is whoever's it is
+    prompts, part = [tok.encode_ordinary(p.prompt) for p in problems[mine]], None
+    if prompts:
+        u_BR = u_BR[mine.start * G : mine.stop * G]
+        samples = generate(model, prompts, G, max_new_tokens, tok.eot_token, temperature, u_BR, keep_hidden)
+        texts = completions(tok, samples)
+        asked = [p for p in problems[mine] for _ in range(G)]
+        right = [float(is_right(problem, text)) for problem, text in zip(asked, texts)]
+        if world()[1] > 1:
+            samples = Samples(*(None if x is None else x.cpu() for x in samples))
+        part = samples, texts, right
+    samples, texts, right = zip(*(part for part in gather(part) if part))
+    samples = Samples(*(None if x is None else x.to(device) for x in join(samples)))
+    return samples, sum(texts, []), torch.tensor(sum(right, [])).view(len(problems), G)
 
 
 def overlong_penalty(length_B, max_new_tokens):
@@ -301,7 +332,7 @@ def collect(model, tok, problems, algo, cfg, generator):
     rounds, missing = [], cfg.prompts_per_step
     while missing and len(rounds) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
-        samples, texts, reward_PG = rollout(model, tok, drawn, G, R, cfg.temperature, generator)
+        samples, texts, reward_PG = rollout(model, tok, drawn, G, R, cfg.temperature, generator, keep_hidden=True)
         length_B, flat_P = samples.mask_BT.sum(1).cpu(), ~informative(reward_PG)
         if algo.overlong:
             reward_PG = reward_PG + overlong_penalty(length_B, R).view_as(reward_PG)
@@ -310,8 +341,7 @@ def collect(model, tok, problems, algo, cfg, generator):
         missing -= int(keep_P.sum())
     samples, rewards, keeps, flats, lengths, drawn, texts = zip(*rounds)
     keep_B = torch.cat(keeps).repeat_interleave(G).to(samples[0].tokens_BT.device)
-    T = max(part.tokens_BT.size(1) for part in samples)
-    kept = Samples(*(torch.cat([F.pad(x, (0, T - x.size(1))) for x in field])[keep_B] for field in zip(*samples)))
+    kept = Samples(*(None if x is None else x[keep_B] for x in join(samples)))
     length_B, logp = torch.cat(lengths).float(), sum(part.logp_BT.sum() for part in samples)
     metrics = {
         "reward/mean": torch.cat(rewards).mean().item(),
@@ -385,10 +415,11 @@ def token_weights(mask_BT, loss_agg, max_new_tokens):
     return m / (len(m) * max_new_tokens)
 
 
-def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo):
+def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo, count=None):
     """The clipped policy-gradient loss, and what happened to the ratio: for the trunk and, alike, for an MTP head.
 
     All (B, T-1) but adv_B. Returns loss (a scalar, -J) and clip_frac_low, clip_frac_high, ratio_max of masked tokens.
+    count: tokens of the whole minibatch, where this is a part of it; loss and fractions are then shares of the whole's.
     """
     adv_BT = adv_B[:, None]
     log_ratio_BT = torch.where(mask_BT, logp_BT - logp_old_BT, 0.0)
@@ -405,9 +436,14 @@ def policy_loss(logp_BT, logp_old_BT, adv_B, mask_BT, weight_BT, algo):
         low_BT = mask_BT & (ratio_BT < 1 - algo.clip_eps_low) & (adv_BT < 0)
         high_BT = mask_BT & (ratio_BT > 1 + algo.clip_eps_high) & (adv_BT > 0)
     loss = -(weight_BT * surrogate_BT).sum()
-    n = mask_BT.sum().clamp(min=1)
+    n = (mask_BT.sum() if count is None else count).clamp(min=1)
     stats = {"clip_frac_low": low_BT.sum() / n, "clip_frac_high": high_BT.sum() / n}
-    return loss, stats | {"ratio_max": (ratio_BT.detach() * mask_BT).max()}
+    return loss, stats | {"ratio_max": largest(ratio_BT.detach() * mask_BT)}
+
+
+def largest(x):
+    """The largest element of x ≥ 0; 0 of none."""
+    return F.pad(x.flatten(), (0, 1)).max()
 
 
 def k3_kl(logp_BT, logp_ref_BT, weight_BT):
@@ -421,60 +457,78 @@ def k3_kl(logp_BT, logp_ref_BT, weight_BT):
 
 
 class Minibatch(NamedTuple):
-    """What one update sees. (B, T-1) arrays follow the shift convention of mtp.py: column t speaks of token t+1."""
+    """What one update sees, or this process's share of it: losses of the shares add up to those of the whole.
+
+    (B, T-1) arrays follow the shift convention of mtp.py: column t speaks of token t+1.
+    """
 
     tokens_BT: torch.Tensor
     mask_BT: torch.Tensor
     adv_B: torch.Tensor
+    logp_sampled_BT: torch.Tensor  # as the sampler saw it
     logp_old_BT: torch.Tensor
     logp_ref_BT: torch.Tensor  # of the frozen base; zeros without KL
     logp_old_KBT: torch.Tensor  # of each head, aligned
     weight_BT: torch.Tensor  # what each token counts in loss_rl
     weight_KBT: torch.Tensor  # and in the loss of each head
+    counts: torch.Tensor  # (1+K,) tokens of the whole that the trunk and each head score
+    half: int  # rows in the first of two halves of whole groups; 0 if there is but one group
+    half_share: float  # of the whole minibatch, that this half is
 
     def rows(self, index):
         """The same for some of the sequences. Weights stay those of the whole."""
-        return Minibatch(*(x[:, index] if n.endswith("_KBT") else x[index] for n, x in self._asdict().items()))
+        axes = {"_B": index, "_BT": index, "_KBT": (slice(None), index)}
+        cut = {n: x[axes["_" + n.split("_")[-1]]] for n, x in self._asdict().items() if n.endswith(tuple(axes))}
+        return self._replace(**cut)
 
-    def halves(self, num_generations):
-        """Two parts of whole groups, or all of it if there is but one group."""
-        half = len(self.adv_B) // num_generations // 2 * num_generations
-        return [self.rows(slice(0, half)), self.rows(slice(half, None))] if half else [self]
+    def halves(self):
+        return [self.rows(slice(0, self.half)), self.rows(slice(self.half, None))] if self.half_share else [self]
 
 
 @torch.no_grad()
 def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=None):
     """A rollout cut into updates_per_rollout minibatches, whole groups in each (fewer if there are fewer groups).
 
-    Old log-probs of the trunk and of the heads come from one forward pass of the whole rollout. That also tells
-    rollout/logp_gap, the largest difference to what the sampler recorded (rounding, unless something is wrong), and
-    mtp/agreement_k, the share of these tokens that a speculative sampler drafting from head k would have accepted: the
-    mean of min(1, q/p), whose expectation over tokens from p is sum_v min(p_v, q_v).
-    Returns the list of minibatches and these metrics.
+    Old log-probs of the trunk are the sampler's, and the heads are run on the hidden states that it kept. Where it kept
+    none, because bfloat16 makes sampling and training differ, one forward pass gives both.
+    Returns the minibatches, of each the rows that are this process's share, and the metrics mtp/logp_impl and
+    mtp/agreement_k, the share of tokens that a speculative sampler drafting from head k would have accepted: the mean
+    of min(1, q/p), whose expectation over tokens from p is sum_v min(p_v, q_v).
     """
-    tokens_BT, mask_BT = samples.tokens_BT, samples.mask_BT[:, 1:]
-    P = len(adv_B) // cfg.num_generations
-    if P == 0:
-        return [], {}
-    logp_BT, logp_KBT, mask_KBT, _ = mtp.logprobs(model, heads, tokens_BT, mask_BT, cfg.temperature, cfg.logp_impl)
-    accepted_KBT = (logp_KBT - logp_BT).exp().clamp(max=1) * mask_KBT
-    shares = accepted_KBT.sum((1, 2)) / mask_KBT.sum((1, 2)).clamp(min=1)
-    metrics = {f"mtp/agreement_{k}": share for k, share in enumerate(shares.tolist(), 1)}
-    metrics["rollout/logp_gap"] = (logp_BT - samples.logp_BT[:, 1:]).abs().max().item()
-    logp_ref_BT = torch.zeros_like(logp_BT)
-    if reference:
-        logp_ref_BT = mtp.logprobs(reference, None, tokens_BT, mask_BT, cfg.temperature, cfg.logp_impl)[0]
-
-    parts, agg = [], algo.loss_agg if objective == "policy" else "token"
-    for rows in torch.arange(len(adv_B)).view(P, -1).tensor_split(min(cfg.updates_per_rollout, P)):
-        rows = rows.flatten()
-        weight_BT = token_weights(mask_BT[rows], algo.loss_agg, cfg.max_new_tokens)
-        weights = [token_weights(m[rows], agg, cfg.max_new_tokens) for m in mask_KBT]
-        weight_KBT = torch.stack(weights) if weights else logp_KBT[:, rows]  # without heads, both are empty
-        parts.append(Minibatch(tokens_BT[rows], mask_BT[rows], adv_B[rows], logp_BT[rows], logp_ref_BT[rows],
-                               logp_KBT[:, rows], weight_BT, weight_KBT))  # fmt: skip
-    most = int(parts[0].mask_BT.sum()) * max(len(logp_KBT), 1)  # tokens in the larger of an update's two calls
-    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size)
+    G, K, parts = cfg.num_generations, len(heads.heads) if heads else 0, []
+    agg = algo.loss_agg if objective == "policy" else "token"
+    accepted_K, scored_K = torch.zeros(2, K, device=adv_B.device)
+    P = len(adv_B) // G
+    for groups in torch.arange(P).tensor_split(min(cfg.updates_per_rollout, P)) if P else ():
+        first, n, half = int(groups[0]) * G, len(groups) * G, len(groups) // 2 * G
+        a, b = share(half), share(n - half)  # every process has a part of both halves
+        mine = torch.cat((torch.arange(a.start, a.stop), torch.arange(half + b.start, half + b.stop)))
+        rows = first + mine
+        whole_BT = samples.mask_BT[first : first + n, 1:]
+        T = 2 + int((whole_BT * torch.arange(whole_BT.size(1), device=whole_BT.device)).max())  # the longest ends here
+        masks = [mask[:, : T - 1] for mask in (whole_BT, *mtp.aligned_masks(whole_BT, K))]
+        weights = [token_weights(m, algo.loss_agg if k == 0 else agg, cfg.max_new_tokens)[mine]
+                   for k, m in enumerate(masks)]  # fmt: skip
+        counts = torch.stack([m.sum() for m in masks])
+        tokens_BT, mask_BT, logp_sampled_BT = samples.tokens_BT[rows, :T], masks[0][mine], samples.logp_BT[rows, 1:T]
+        h_BTC = None if samples.h_BTC is None else samples.h_BTC[rows, :T]
+        logp_BT, logp_KBT, mask_KBT, _ = mtp.logprobs(
+            model, heads, tokens_BT, mask_BT, cfg.temperature, cfg.logp_impl, h_BTC=h_BTC
+        )
+        logp_old_BT = logp_BT if h_BTC is None else logp_sampled_BT
+        logp_ref_BT = torch.zeros_like(logp_BT)
+        if reference:
+            logp_ref_BT = mtp.logprobs(reference, None, tokens_BT, mask_BT, cfg.temperature, cfg.logp_impl)[0]
+        accepted_K += ((logp_KBT - logp_old_BT).exp().clamp(max=1) * mask_KBT).sum((1, 2))
+        scored_K += counts[1:]
+        weight_KBT = torch.stack(weights[1:]) if K else logp_KBT  # without heads, both are empty
+        parts.append(Minibatch(tokens_BT, mask_BT, adv_B[rows], logp_sampled_BT, logp_old_BT, logp_ref_BT, logp_KBT,
+                               weights[0], weight_KBT, counts, a.stop - a.start, half / n))  # fmt: skip
+    shares = total(accepted_K) / scored_K.clamp(min=1)
+    metrics = {f"mtp/agreement_{k}": value for k, value in enumerate(shares.tolist(), 1)} if parts else {}
+    if parts:
+        most = int(parts[0].mask_BT.sum()) * max(K, 1)  # tokens in the larger of an update's two calls
+        metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size)
     return parts, metrics
 
 
@@ -484,7 +538,10 @@ class Losses(NamedTuple):
     delta_rl_N: torch.Tensor  # change of log-prob since the rollout, on the tokens that some head scores
     delta_mtp_N: torch.Tensor  # the same of the heads, mean over the depths that score the token
     h_BTC: torch.Tensor
-    stats: dict
+    stats: dict  # of this share: to be summed over processes, those in MAXIMA maximised
+
+
+MAXIMA = ("ratio_max", "logp_gap")
 
 
 def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
@@ -501,17 +558,20 @@ def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
     if cfg.mtp_base == "main":
         old_KBT = old_BT.expand_as(logp_KBT)
 
-    loss_rl, seen = policy_loss(logp_BT, old_BT, mb.adv_B, mb.mask_BT, mb.weight_BT, algo)
+    loss_rl, seen = policy_loss(logp_BT, old_BT, mb.adv_B, mb.mask_BT, mb.weight_BT, algo, mb.counts[0])
     if algo.kl_coef:
         seen["kl"] = k3_kl(logp_BT, mb.logp_ref_BT, mb.weight_BT)
         loss_rl = loss_rl + algo.kl_coef * seen["kl"]
     stats = {f"actor/{name}": value for name, value in seen.items()} | {"actor/loss": loss_rl}
+    if on_policy:
+        stats["rollout/logp_gap"] = largest((logp_BT - mb.logp_sampled_BT).abs() * mb.mask_BT)
 
     loss_mtp = torch.zeros_like(loss_rl)
     for k in range(len(logp_KBT)):
-        loss_k, seen = policy_loss(logp_KBT[k], old_KBT[k], mb.adv_B, mask_KBT[k], mb.weight_KBT[k], algo)
+        weight_BT, count = mb.weight_KBT[k], mb.counts[1 + k]
+        loss_k, seen = policy_loss(logp_KBT[k], old_KBT[k], mb.adv_B, mask_KBT[k], weight_BT, algo, count)
         if objective == "ce":
-            loss_k = -(mb.weight_KBT[k] * logp_KBT[k]).sum()
+            loss_k = -(weight_BT * logp_KBT[k]).sum()
         loss_mtp = loss_mtp + loss_k / len(logp_KBT)
         stats |= {f"mtp/loss_{k + 1}": loss_k, f"mtp/ratio_max_{k + 1}": seen["ratio_max"],
                   f"mtp/clip_frac_{k + 1}": seen["clip_frac_low"] + seen["clip_frac_high"]}  # fmt: skip

@@ -3,6 +3,7 @@
     python train.py                                    # OCC on six suites of arithmetic, minutes on a laptop CPU
     python train.py --regime detach --seed 1           # the baseline; pretraining is shared by all regimes of a seed
     python train.py --resume out/arithmetic-occ-s0     # go on after an interruption, to the same numbers
+    torchrun --nproc_per_node=2 train.py               # several processes, each with a share of every batch
 
 The loop is the paper's algorithm (arXiv 2605.28184 §4), with θ the trunk, φ the heads, and losses = -objectives:
 
@@ -17,13 +18,16 @@ Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T po
 Left out: learning-rate schedules and weight decay in RL, gradient accumulation, a value network.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -32,18 +36,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, nothing keeps two runs out of one folder
+    fcntl = None
 
 import eval as evaluation  # eval.py; the builtin keeps its name
 import mtp
 import occ
 import rl
-from model import autocast, pad
+from model import autocast, pad, share, total, total_gradients, world
+
+# Multiply-adds of an update's largest matrix product that occupy a thread. With two threads on two cores a step took
+# 1.1 times as long as with one at 3 M, the same at 6 M, 0.85 at 7 M and 0.7 at 26 M.
+THREAD_WORK = 3_000_000
 
 
 @dataclass
@@ -86,6 +101,7 @@ class Config:
     n_head: int = 4  # attention heads
     n_embd: int = 64  # channels
     tied: bool = False  # one matrix for embedding and unembedding
+    vocab_size: int = 0  # rows of these matrices; 0: as many as the tokenizer has tokens
     mtp_depth: int = 1  # MTP heads
     mtp_design: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3, or as in Gloeckle et al.
     logp_impl: Literal["auto", "naive", "chunked"] = "auto"  # how log-probs are computed, see mtp.linear_logp
@@ -103,13 +119,15 @@ class Config:
     eval_k: int = 8  # samples a problem
     probe_every: int = 10  # steps between measurements of the exact c and v2; 0 is never
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cuda where there is one
+    threads: int = 0  # of a process on the CPU; 0: by the size of the model
 
     def __post_init__(self):
         def need(name, ok, allowed):
             if not ok:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
 
-        may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high kl_coef"
+        may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high kl_coef "
+        may_be_zero += "vocab_size threads"
         for f in dataclasses.fields(self):
             value, literals = getattr(self, f.name), get_args(f.type)
             if isinstance(value, str) and literals:
@@ -138,6 +156,50 @@ class Config:
         """The method that --algo names, with the details that were given by flags."""
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(rl.Algo) if f.name != "ratio"}
         return dataclasses.replace(rl.ALGOS[self.algo], **{k: v for k, v in given.items() if v is not None})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+def set_up(cfg):
+    """The device of this process; ValueError if there are more processes than GPUs. torchrun's processes meet here."""
+    cuda, several, rank = cfg.device != "cpu" and torch.cuda.is_available(), dist.is_torchelastic_launched(), 0
+    cores = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
+    if several:
+        rank, here = dist.get_node_local_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+        cores = max(usable_cores() // here, 1)
+        if cuda and here > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node {here}: must be at most {torch.cuda.device_count()}, one process a GPU")
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(rank)
+        return torch.device("cuda", rank)
+    sequences = cfg.prompts_per_step * cfg.num_generations // cfg.updates_per_rollout // world()[1]
+    work = sequences * cfg.max_new_tokens * 4 * cfg.n_embd**2
+    torch.set_num_threads(cfg.threads or max(min(work // THREAD_WORK, cores), 1))
+    return torch.device("cpu")
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def say(line):
+    """Print, once for all processes."""
+    if world()[0] == 0:
+        tqdm.write(line)
+
+
+def progress(steps, name, **kwargs):
+    """A bar on a terminal, once for all processes."""
+    return tqdm(steps, name, disable=None if world()[0] == 0 else True, **kwargs)
+
+
+def asked(stop):
+    """Whether any process was asked to stop: all of them then know, at the same step."""
+    return total(torch.tensor(float(bool(stop)))).item() > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,22 +232,24 @@ def pretrain(cfg, tok, model, heads, device, stop):
         torch.optim.AdamW([p for name, p in named if name not in inside], cfg.pretrain_lr, (0.9, 0.98), fused=True),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    bar = tqdm(range(cfg.pretrain_steps), "pretrain", disable=None)
+    bar = progress(range(cfg.pretrain_steps), "pretrain")
     for step in bar:
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps))
             optimizer.zero_grad()
         tokens_BT, mask_BT = (x.to(device) for x in pretraining_batch(cfg, tok, step))
-        joined = heads if step >= cfg.pretrain_steps * 2 / 3 else None
+        count, count_heads = mask_BT.sum(), sum(m.sum() for m in mtp.aligned_masks(mask_BT, cfg.mtp_depth))
+        mine, joined = share(len(mask_BT)), heads if step >= cfg.pretrain_steps * 2 / 3 else None
         with autocast(device):
-            logp_BT, logp_KBT, mask_KBT, _ = mtp.logprobs(model, joined, tokens_BT, mask_BT, impl=cfg.logp_impl)
-        loss = -logp_BT.sum() / mask_BT.sum()
-        (loss - cfg.pretrain_lam * logp_KBT.sum() / mask_KBT.sum().clamp(min=1)).backward()
+            logp_BT, logp_KBT, _, _ = mtp.logprobs(model, joined, tokens_BT[mine], mask_BT[mine], impl=cfg.logp_impl)
+        loss = -logp_BT.sum() / count
+        (loss - cfg.pretrain_lam * logp_KBT.sum() / count_heads.clamp(min=1)).backward()
+        total_gradients([p for _, p in named])
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        if stop:
+        bar.set_postfix(loss=f"{total(loss.detach()).item():.3f}")
+        if asked(stop):
             raise KeyboardInterrupt(f"during pretraining; go on with: python train.py --resume {cfg.out}")
 
 
@@ -193,16 +257,21 @@ def pretrained(cfg, tok, device, stop):
     """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
     model, heads = evaluation.build(cfg, tok, device)
     names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_d"))]
-    names += ["task", "difficulty", "careless", "tokenizer", "seed", "tied", "logp_impl"]
+    names += ["task", "difficulty", "careless", "tokenizer", "seed", "tied", "vocab_size", "logp_impl"]
     code = [Path(inspect.getfile(c)).read_text() for c in (type(model), type(heads), rl)]
     code += [inspect.getsource(f) for f in (evaluation.build, pretraining_batch, pretrain)]
     what = json.dumps([torch.__version__, device.type, code, {name: getattr(cfg, name) for name in names}])
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
     try:
         evaluation.load_weights(torch.load(path, map_location=device, weights_only=True), model, heads)
+        found = torch.ones(())
     except Exception:  # not there or damaged: made (again)
+        found = torch.zeros(())
+    if total(found) < world()[1]:  # by all processes or by none
+        model, heads = evaluation.build(cfg, tok, device)
         pretrain(cfg, tok, model, heads, device, stop)
-        save_atomically({"model": model.state_dict(), "heads": heads.state_dict()}, path)
+        if world()[0] == 0:
+            save_atomically({"model": model.state_dict(), "heads": heads.state_dict()}, path)
     return {"model": model.state_dict(), "heads": heads.state_dict()}
 
 
@@ -211,12 +280,17 @@ def pretrained(cfg, tok, device, stop):
 
 
 def save_atomically(state, path):
-    """Write a whole new file beside the old one, then take its name: a reader or a crash sees the old or the new."""
+    """Write a whole new file beside the old one, then take its name: a reader or a crash sees the old or the new.
+
+    Raises OSError when there is no room; the old file is then still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        buffer = io.BytesIO()  # torch.save would hide what went wrong with a file
+        torch.save(state, buffer)
         with open(temporary, "wb") as f:
-            torch.save(state, f)
+            f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -225,33 +299,57 @@ def save_atomically(state, path):
 
 
 class Run:
-    """The folder of one run: metrics.jsonl and samples.txt only grow; ckpt.pt says how far they count."""
+    """The folder of one run: metrics.jsonl and samples.txt only grow; ckpt.pt says how far they count.
+
+    Of several processes the first writes. It locks metrics.jsonl, so that no two runs share a folder; the lock ends
+    with the process, however that ends.
+    """
 
     GROWING = ("metrics.jsonl", "samples.txt")
 
-    def __init__(self, cfg, ckpt=None):
-        """Open a run's folder to go on; what its files hold from after the checkpoint (without one: all) is cut off."""
+    def __init__(self, cfg, ckpt=None, header=None):
+        """Open a run's folder to go on; what its files hold from after the checkpoint (without one: all) is cut off.
+
+        With a header, it is the first line of a new run. ValueError if another run writes here, or has written.
+        """
         self.dir, self.steps, self.saved = Path(cfg.out), cfg.steps, ckpt["step"] if ckpt else None
-        self.start = time.perf_counter() - (ckpt["seconds"] if ckpt else 0)
-        with open(self.dir / "metrics.jsonl", "rb") as f:
+        self.start, self.files = time.perf_counter() - (ckpt["seconds"] if ckpt else 0), {}
+        if world()[0] > 0:
+            return
+        metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
+        try:
+            fcntl and fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.dir}: another run is writing there; wait for its end, or name another folder"
+            ) from None
+        self.files["metrics.jsonl"] = metrics
+        if header is not None:
+            if metrics.tell() > 0:
+                raise ValueError(_occupied(self.dir, "metrics.jsonl"))
+            self._write("metrics.jsonl", header)
+        with open(metrics.name, "rb") as f:
             sizes = ckpt["sizes"] if ckpt else {"metrics.jsonl": len(f.readline()), "samples.txt": 0}
-        self.files = {name: open(self.dir / name, "a", encoding="utf-8") for name in self.GROWING}
+        self.files["samples.txt"] = open(self.dir / "samples.txt", "a", encoding="utf-8")
         for name, f in self.files.items():
             if f.tell() < sizes[name]:
                 raise ValueError(f"{f.name}: shorter than the {sizes[name]} bytes it had when ckpt.pt was written")
         for name, f in self.files.items():
             f.truncate(sizes[name])
             f.seek(sizes[name])
+        for left in self.dir.glob("ckpt.pt.*.tmp"):  # by a process that was killed while it saved
+            left.unlink()
 
     @classmethod
     def create(cls, cfg, device):
         """Make the folder and write the first line of metrics.jsonl. A folder that holds a run is left as it is."""
-        folder = Path(cfg.out)
+        folder, (rank, size) = Path(cfg.out), world()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*cls.GROWING, "ckpt.pt", "curves.png"):
+        for name in ("samples.txt", "ckpt.pt", "curves.png") if rank == 0 else ():
             if (folder / name).exists():
-                raise ValueError(f"--out {folder}: has a {name}; go on with --resume {folder}, or name another folder")
-        first = {
+                raise ValueError(_occupied(folder, name))
+        cpu = f"cpu, {torch.get_num_threads()} threads"
+        header = {
             "config": dataclasses.asdict(cfg),
             "seed": cfg.seed,
             "commit": _commit(),
@@ -260,37 +358,66 @@ class Run:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
             },
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": f"{size} x {torch.cuda.get_device_name() if device.type == 'cuda' else cpu}",
         }
-        with open(folder / "metrics.jsonl", "x", encoding="utf-8") as f:
-            f.write(json.dumps(first) + "\n")
-        return cls(cfg)
+        return cls(cfg, header=json.dumps(header) + "\n")
+
+    def _write(self, name, text):
+        f = self.files[name]
+        before = f.tell()
+        try:
+            f.write(text)
+            f.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # half a line is worse than none
+                os.truncate(f.name, before)
+            raise OSError(error.errno, self._full(error), f.name) from None
+
+    def _full(self, error):
+        return f"{error.strerror}; {self.how_to_go_on()}"
+
+    def how_to_go_on(self):
+        """For the last line of a run that breaks down."""
+        kept = (
+            "there is no checkpoint yet"
+            if self.saved is None
+            else f"the last good checkpoint is that of step {self.saved}"
+        )
+        return f"{kept}; go on with: python train.py --resume {self.dir}"
 
     def log(self, record):
-        self.files["metrics.jsonl"].write(json.dumps(record) + "\n")
-        self.files["metrics.jsonl"].flush()
+        if self.files:
+            self._write("metrics.jsonl", json.dumps(record) + "\n")
 
     def show(self, step, examples):
         """Prompts, completions and rewards, for people."""
         lines = [f"step {step}  reward {reward:5.2f}  {prompt!r} -> {text!r}\n" for prompt, text, reward in examples]
-        self.files["samples.txt"].write("".join(lines) + "\n")
-        self.files["samples.txt"].flush()
+        if self.files:
+            self._write("samples.txt", "".join(lines) + "\n")
 
-    def save(self, step, model, heads, optimizer, scores):
+    def save(self, step, learner, scores):
         """A checkpoint after `step`, with the sizes that the growing files have now."""
+        if not self.files:
+            return
         for f in self.files.values():
-            f.flush()
             os.fsync(f.fileno())
         sizes = {name: f.tell() for name, f in self.files.items()}
         state = {"version": evaluation.VERSION, "step": step, "steps": self.steps, "seconds": self.seconds()}
-        state |= {"sizes": sizes, "scores": scores, "optimizer": optimizer.state_dict()}
-        state |= {"model": model.state_dict(), "heads": heads.state_dict() if heads else None}
-        save_atomically(state, self.dir / "ckpt.pt")
+        state |= {"sizes": sizes, "scores": scores, "optimizer": learner.optimizer.state_dict()}
+        state |= {"model": learner.model.state_dict(), "heads": learner.heads.state_dict() if learner.heads else None}
+        try:
+            save_atomically(state, self.dir / "ckpt.pt")
+        except OSError as error:
+            raise OSError(error.errno, self._full(error), str(self.dir / "ckpt.pt")) from None
         self.saved = step
 
     def seconds(self):
         """Of training, those before an interruption included."""
         return time.perf_counter() - self.start
+
+
+def _occupied(folder, name):
+    return f"--out {folder}: has a {name}; go on with --resume {folder}, or name another folder"
 
 
 def check_writable(folder):
@@ -319,15 +446,105 @@ def doors(cfg, lam):
     return (lam, 1.0) if cfg.lam_scope == "trunk" else (1.0, lam)
 
 
+def over_processes(stats):
+    """Each process's share of some statistics -> the statistics: sums, or the largest of rl.MAXIMA."""
+    for op, chosen in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+        names = [name for name in stats if any(maximum in name for maximum in rl.MAXIMA) == chosen]
+        if names and world()[1] > 1:
+            stats |= zip(names, total(torch.stack([stats[name].float() for name in names]), op))
+    return stats
+
+
 def summary(updates):
-    """One step's updates as one record: means, but maxima of ratio_max, and of occ/ the last (the first λ_t is 0)."""
+    """One step's updates as one record: means, but maxima of rl.MAXIMA, and of occ/ the last (the first λ_t is 0)."""
     record = {}
     for name in {name: None for update in updates for name in update}:
         values = [float(update[name]) for update in updates if name in update]
-        record[name] = max(values) if "ratio_max" in name else sum(values) / len(values)
+        record[name] = max(values) if any(m in name for m in rl.MAXIMA) else sum(values) / len(values)
         if name.startswith("occ/"):
             record[name] = values[-1]
     return record
+
+
+class Clock:
+    """Seconds by phase. A call adds the time since the call before to a phase; on CUDA, once its work is done."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.last = device, defaultdict(float), time.perf_counter()
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+
+class Learner:
+    """All that a step of RL reads and changes: trunk, heads (None in regime off), optimizer, frozen base for the KL."""
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device = cfg, device
+        self.regime, self.algo, self.tok = occ.REGIMES[cfg.regime], cfg.algorithm(), rl.get_tokenizer(cfg.tokenizer)
+        self.model, heads = evaluation.build(cfg, self.tok, device)
+        self.heads = heads if self.regime.objective else None
+        self.trunk, self.phi = list(self.model.parameters()), list(self.heads.parameters()) if self.heads else []
+        self.optimizer = torch.optim.Adam(self.trunk + self.phi, lr=cfg.lr, fused=True)
+        self.reference = None
+
+    def forward(self, mb, on_policy, lam):
+        with autocast(self.device):
+            return rl.losses(self.model, self.heads, mb, self.algo, self.regime.objective, self.cfg, on_policy, lam)
+
+    def probe(self, mb, on_policy):
+        passes = [functools.partial(self.forward, half, on_policy, 1.0) for half in mb.halves()]
+        return occ.probe(passes, self.trunk, self.cfg.lam_plus, mb.half_share, total)
+
+    def step(self, step, clock):
+        """One rollout and its updates. Returns what to log, and examples to read."""
+        cfg, algo = self.cfg, self.algo
+        # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
+        problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}"))
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        with autocast(self.device):
+            samples, reward_PG, record, examples = rl.collect(self.model, self.tok, problems, algo, cfg, generator)
+        clock("rollout")
+        # 2 rewards -> advantages; old log-probs
+        adv_B = rl.advantages(reward_PG, algo.advantage).flatten().to(self.device)
+        with autocast(self.device):
+            parts, stats = rl.minibatches(
+                self.model, self.heads, samples, adv_B, algo, self.regime.objective, cfg, self.reference
+            )
+        clock("score")
+        updates = []
+        for i, mb in enumerate(parts):
+            lam = torch.ones((), device=self.device)  # filled in at 5; the backward at 6 reads it
+            door, weight = doors(cfg, lam)
+            # 3 policy loss · 4 MTP loss
+            out = self.forward(mb, i == 0, door)
+            clock("update")
+            # 5 coefficient λ_t
+            value, terms = occ.coefficient(out, self.trunk, cfg, total) if self.heads else (0.0, {})
+            clock("coefficient")
+            if self.heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0:
+                terms |= self.probe(mb, on_policy=i == 0)
+                clock("probe")
+            lam.fill_(value)
+            # 6 one backward, one step: the trunk moves by g + λ_t m, the heads by their own gradient
+            loss = out.rl + weight * out.mtp
+            self.optimizer.zero_grad()
+            loss.backward()
+            total_gradients(self.trunk + self.phi)
+            norms = {"grad_norm/trunk": torch.nn.utils.clip_grad_norm_(self.trunk, cfg.grad_clip),
+                     "grad_norm/heads": torch.nn.utils.clip_grad_norm_(self.phi, cfg.grad_clip)}  # fmt: skip
+            self.optimizer.step()
+            updates.append(over_processes(out.stats) | terms | norms)
+            clock("update")
+        # 7 log
+        record |= stats | summary(updates)
+        record |= {f"perf/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+        record["perf/tokens_per_s"] = record["response_length/sum"] / sum(clock.seconds.values())
+        return record, examples
 
 
 def main(cfg, ckpt=None, resume=False, stop=()):
@@ -336,94 +553,50 @@ def main(cfg, ckpt=None, resume=False, stop=()):
     stop turns true when the user asks for an end. Raises ValueError or OSError where the user is to blame,
     FloatingPointError on a loss that is not finite.
     """
-    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    regime, algo, tok = occ.REGIMES[cfg.regime], cfg.algorithm(), rl.get_tokenizer(cfg.tokenizer)
-    if regime.rule == "proxy" and cfg.updates_per_rollout == 1:
-        tqdm.write("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
-
-    model, heads = evaluation.build(cfg, tok, device)
-    heads = heads if regime.objective else None
-    trunk, phi = list(model.parameters()), list(heads.parameters()) if heads else []
-    optimizer = torch.optim.Adam(trunk + phi, lr=cfg.lr, fused=True)
+    device = set_up(cfg)
+    if occ.REGIMES[cfg.regime].rule == "proxy" and cfg.updates_per_rollout == 1:
+        say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
+    learner = Learner(cfg, device)
     if ckpt:
-        evaluation.load_weights(ckpt, model, heads, optimizer)
+        evaluation.load_weights(ckpt, learner.model, learner.heads, learner.optimizer)
         start, scores = ckpt["step"], ckpt["scores"]
     check_writable(cfg.cache_dir)
     run = Run(cfg, ckpt) if resume else Run.create(cfg, device)  # from here on, files change
-    base = pretrained(cfg, tok, device, stop) if ckpt is None or algo.kl_coef else None
+    base = pretrained(cfg, learner.tok, device, stop) if ckpt is None or learner.algo.kl_coef else None
+    if learner.algo.kl_coef:
+        learner.reference = copy.deepcopy(learner.model).requires_grad_(False)
+        evaluation.load_weights(base, learner.reference)
     if ckpt is None:
-        evaluation.load_weights(base, model, heads)
-        evals = evaluation.evaluate(model, tok, cfg)
+        evaluation.load_weights(base, learner.model, learner.heads)
+        evals = evaluation.evaluate(learner.model, learner.tok, cfg)
         start, scores = 0, [evals["eval/score"]]
         run.log({"step": 0, "time": run.seconds()} | evals)
-        run.save(0, model, heads, optimizer, scores)
-    reference = None
-    if algo.kl_coef:
-        reference = copy.deepcopy(model).requires_grad_(False)
-        evaluation.load_weights(base, reference)
+        run.save(0, learner, scores)
 
-    def forward(mb, on_policy, lam):
-        with autocast(device):
-            return rl.losses(model, heads, mb, algo, regime.objective, cfg, on_policy, lam)
-
-    bar = tqdm(range(start + 1, cfg.steps + 1), "train", initial=start, total=cfg.steps, disable=None)
+    bar = progress(range(start + 1, cfg.steps + 1), "train", initial=start, total=cfg.steps)
     for step in bar:
-        began = time.perf_counter()
-        # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
-        problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}"))
-        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-        with autocast(device):
-            samples, reward_PG, record, examples = rl.collect(model, tok, problems, algo, cfg, generator)
-        rolled = time.perf_counter()
-        # 2 rewards -> advantages; old log-probs
-        adv_B = rl.advantages(reward_PG, algo.advantage).flatten().to(device)
-        with autocast(device):
-            parts, stats = rl.minibatches(model, heads, samples, adv_B, algo, regime.objective, cfg, reference)
-        updates = []
-        for i, mb in enumerate(parts):
-            lam = torch.ones((), device=device)  # filled in at 5; the backward at 6 reads it
-            door, weight = doors(cfg, lam)
-            # 3 policy loss · 4 MTP loss
-            out = forward(mb, i == 0, door)
-            # 5 coefficient λ_t
-            value, terms = occ.coefficient(out, trunk, cfg) if heads else (0.0, {})
-            if heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0:
-                halves = mb.halves(cfg.num_generations)
-                passes = [functools.partial(forward, half, i == 0, 1.0) for half in halves]
-                terms |= occ.probe(passes, trunk, cfg.lam_plus, share=len(halves[0].adv_B) / len(mb.adv_B))
-            lam.fill_(value)
-            # 6 one backward, one step: the trunk moves by g + λ_t m, the heads by their own gradient
-            loss = out.rl + weight * out.mtp
-            optimizer.zero_grad()
-            loss.backward()
-            norms = {"grad_norm/trunk": torch.nn.utils.clip_grad_norm_(trunk, cfg.grad_clip),
-                     "grad_norm/heads": torch.nn.utils.clip_grad_norm_(phi, cfg.grad_clip)}  # fmt: skip
-            if not torch.isfinite(loss + sum(norms.values())):
-                raise FloatingPointError(f"step {step}: the loss or a gradient is not finite; the last good checkpoint "
-                                         f"is that of step {run.saved}, {run.dir / 'ckpt.pt'}")  # fmt: skip
-            optimizer.step()
-            updates.append(out.stats | terms | norms)
-        # 7 log
-        ended = time.perf_counter()
-        record = {"step": step, "time": run.seconds()} | record | stats | summary(updates)
-        record |= {"perf/rollout_s": rolled - began, "perf/update_s": ended - rolled,
-                   "perf/tokens_per_s": record["response_length/sum"] / (ended - began)}  # fmt: skip
+        record, examples = learner.step(step, Clock(device))
+        broken = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(f"step {step}: {broken[0]} is not finite; {run.how_to_go_on()}")
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            record |= evaluation.evaluate(model, tok, cfg)
+            record |= evaluation.evaluate(learner.model, learner.tok, cfg)
             scores.append(record["eval/score"])
             run.show(step, examples)
-        run.log(record)
+        run.log({"step": step, "time": run.seconds()} | record)
         reward, lam = record["reward/mean"], record.get("occ/lam", 0.0)
         bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
-        if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            run.save(step, model, heads, optimizer, scores)
-        if stop and step < cfg.steps:
+        ending = asked(stop)
+        if step % cfg.save_every == 0 or step == cfg.steps or ending:
+            run.save(step, learner, scores)
+        if ending and step < cfg.steps:
             bar.close()
-            print(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
+            say(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
             return 130
-    evaluation.plot([run.dir], run.dir / "curves.png")
-    print(f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100 (held out, avg@{cfg.eval_k}) "
-          f"in {run.seconds() / 60:.1f} minutes; the run is in {run.dir}")  # fmt: skip
+    if world()[0] == 0:
+        evaluation.plot([run.dir], run.dir / "curves.png")
+    say(f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100 (held out, avg@{cfg.eval_k}) "
+        f"in {run.seconds() / 60:.1f} minutes; the run is in {run.dir}")  # fmt: skip
     return 0
 
 

@@ -52,11 +52,16 @@ SMALL |= dict(eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every
 PLOT = evaluation.plot
 
 
+def coin(problem, text):
+    """A reward for models that can do nothing: tossed by the completion."""
+    return zlib.crc32(text.encode()) % 2 == 0
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Makes a Config of a run that takes a fraction of a second; rewards are a coin tossed by the completion."""
+    """Makes a Config of a run that takes a fraction of a second; rewards are a coin."""
     monkeypatch.setattr(evaluation, "plot", lambda folders, path: None)  # most of a small run's time
-    monkeypatch.setattr(rl, "is_right", lambda problem, text: zlib.crc32(text.encode()) % 2 == 0)
+    monkeypatch.setattr(rl, "is_right", coin)
 
     def make(name="run", **changes):
         paths = dict(out=str(tmp_path / name), cache_dir=str(tmp_path / "base"))

@@ -246,7 +246,7 @@ def test_probe_measures_whole_and_halves():
     model, heads, mb, cfg, objective = setting(False, "sequential", "naive", "policy")
     trunk = list(model.parameters())
     run = lambda part: lambda: rl.losses(model, heads, part, rl.ALGOS["dapo"], objective, cfg, False, 1.0)  # noqa: E731
-    (halves, whole) = (occ.probe([run(part) for part in parts], trunk) for parts in (mb.halves(2), [mb]))
+    (halves, whole) = (occ.probe([run(part) for part in parts], trunk) for parts in (mb.halves(), [mb]))
     for name in ("occ/c", "occ/v2", "occ/cos", "occ/lam_star"):
         assert halves[name] == pytest.approx(whole[name], rel=1e-3)
     assert "occ/c_split" in halves and "occ/c_split" not in whole

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLOT
+from conftest import PLOT, coin
 
 import eval as evaluation
 import occ
@@ -227,7 +226,7 @@ def test_resuming_twice(small, monkeypatch):
     with pytest.raises(MemoryError):
         train.main(broken)
     monkeypatch.undo()
-    monkeypatch.setattr(rl, "is_right", lambda problem, text: zlib.crc32(text.encode()) % 2 == 0)
+    monkeypatch.setattr(rl, "is_right", coin)
     assert train.main(*train.command_line(["--resume", broken.out]), stop=[1]) == 130
     assert resume(broken) == 0
     assert metrics(broken) == metrics(whole)
@@ -312,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
         train.main(cfg)
     assert exit.value.code == 1
     assert (
-        "step 3: the loss or a gradient is not finite; the last good checkpoint is that of step 2"
+        "step 3: actor/loss is not finite; the last good checkpoint is that of step 2; go on with: python train.py"
         in capsys.readouterr().err
     )
     monkeypatch.undo()
