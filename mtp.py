@@ -85,7 +85,8 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     if heads:
         depths = heads(door(h_BTC), door(model.wte(tokens_BT)), model.rope(tokens_BT.size(1)))
     masks = [mask_BT & run_trunk, *aligned_masks(mask_BT, len(depths))]
-    hiddens = [h_BTC[:, :-1], *(F.pad(h, (0, 0, k, 0)) for k, h in enumerate(depths, 1))]  # position i -> column i+k
+    S = mask_BT.size(1)  # position i -> column i+k; a sequence may be too short for a depth to have any
+    hiddens = [h_BTC[:, :S], *(F.pad(h, (0, 0, k, 0))[:, :S] for k, h in enumerate(depths, 1))]
     mask_DBT = torch.stack(masks)  # D = 1+K: the trunk, then the depths
     target_DBT = tokens_BT[:, 1:].expand(mask_DBT.shape)
     logp_DBT = torch.zeros(mask_DBT.shape, device=h_BTC.device)

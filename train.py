@@ -21,6 +21,7 @@ Left out: learning-rate schedules and weight decay in RL, gradient accumulation,
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
@@ -316,7 +317,7 @@ class Run:
         self.start, self.files = time.perf_counter() - (ckpt["seconds"] if ckpt else 0), {}
         if world()[0] > 0:
             return
-        metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
+        metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         try:
             fcntl and fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -330,7 +331,7 @@ class Run:
             self._write("metrics.jsonl", header)
         with open(metrics.name, "rb") as f:
             sizes = ckpt["sizes"] if ckpt else {"metrics.jsonl": len(f.readline()), "samples.txt": 0}
-        self.files["samples.txt"] = open(self.dir / "samples.txt", "a", encoding="utf-8")
+        self.files["samples.txt"] = open(self.dir / "samples.txt", "ab", buffering=0)
         for name, f in self.files.items():
             if f.tell() < sizes[name]:
                 raise ValueError(f"{f.name}: shorter than the {sizes[name]} bytes it had when ckpt.pt was written")
@@ -363,18 +364,22 @@ class Run:
         return cls(cfg, header=json.dumps(header) + "\n")
 
     def _write(self, name, text):
-        f = self.files[name]
+        f, data = self.files[name], text.encode()
         before = f.tell()
-        try:
-            f.write(text)
-            f.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):  # half a line is worse than none
-                os.truncate(f.name, before)
-            raise OSError(error.errno, self._full(error), f.name) from None
+        with self._room_for(name):
+            try:
+                if f.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                f.truncate(before)  # half a line is worse than none
+                raise
 
-    def _full(self, error):
-        return f"{error.strerror}; {self.how_to_go_on()}"
+    @contextlib.contextmanager
+    def _room_for(self, name):
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{self.dir / name}: {error.strerror}; {self.how_to_go_on()}") from None
 
     def how_to_go_on(self):
         """For the last line of a run that breaks down."""
@@ -405,10 +410,8 @@ class Run:
         state = {"version": evaluation.VERSION, "step": step, "steps": self.steps, "seconds": self.seconds()}
         state |= {"sizes": sizes, "scores": scores, "optimizer": learner.optimizer.state_dict()}
         state |= {"model": learner.model.state_dict(), "heads": learner.heads.state_dict() if learner.heads else None}
-        try:
+        with self._room_for("ckpt.pt"):
             save_atomically(state, self.dir / "ckpt.pt")
-        except OSError as error:
-            raise OSError(error.errno, self._full(error), str(self.dir / "ckpt.pt")) from None
         self.saved = step
 
     def seconds(self):

