@@ -13,23 +13,32 @@ evaluation during training, and the command line's manners (a mistake is one lin
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import math
+import multiprocessing
+import random
 import re
+import statistics
 import sys
+import tempfile
+import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
 import torch
+from tqdm import tqdm
 
 import mtp
 import rl
-from model import GPT, GPTConfig, autocast
+from model import GPT, GPTConfig, autocast, choose, generate, pad
 
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
@@ -257,13 +266,19 @@ PANELS = [  # title, axis label, value of a record, scale of the axis
 ]
 
 
-def plot(folders, path):
-    """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
+def pyplot():
+    """matplotlib without a screen, imported when something is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot(folders, path):
+    """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
+    plt = pyplot()
     groups = group_runs(folders)
     figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
     for axis, (title, label, value, scale) in zip(axes.flat, PANELS):
@@ -282,6 +297,215 @@ def plot(folders, path):
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmark. The model is untrained and a coin decides rewards: speed does not depend on what has been learnt. The
+# learning rate is next to nothing, so that all regimes sample the same tokens; dynamic sampling and probes are off.
+
+SETTINGS = {
+    "default": {},
+    "wide": dict(n_layer=6, n_embd=256, max_new_tokens=48),
+    "vocabulary": dict(vocab_size=50304),
+}
+VARIANTS = {  # the first is what the others are divided by
+    "detach": dict(regime="detach"),
+    "occ": dict(regime="occ"),
+    "occ, hidden": dict(regime="occ", occ_proxy="hidden"),
+    "ce": dict(regime="ce"),
+    "policy": dict(regime="policy"),
+    "exact": dict(regime="exact"),
+}
+PHASES = "rollout score update coefficient log".split()
+GROWTH = {  # the setting that grows, and how
+    "prompts_per_step": (8, 32, 128),
+    "max_new_tokens": (16, 64),
+    "mtp_depth": (1, 2, 4),
+}
+
+
+def matmul_peak(device, repeats=7):
+    """FLOP/s of a large product of two matrices in the dtype of training, median: what a step is compared with."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(repeats + 1))
+
+
+def timed(run, device):
+    """Seconds that run() takes, on CUDA until its work is done."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def trainer():
+    """train.py, imported where it is needed: it imports this file."""
+    import train
+
+    return train
+
+
+def bench_learner(changes):
+    """A train.Learner of the default config with some changes, ready to be timed."""
+    train = trainer()
+    speed_only = dict(lr=1e-9, dynamic_sampling=False, probe_every=0)
+    cfg = train.Config(**{**speed_only, **changes})
+    rl.is_right = lambda problem, text: zlib.crc32(text.encode()) % 2 == 0
+    return train.Learner(cfg, train.set_up(cfg))
+
+
+def bench_step(learner, step):
+    """{phase: seconds} and the record of one step, its line of JSON written to a temporary file."""
+    clock = trainer().Clock(learner.device)
+    record, _ = learner.step(step, clock)
+    with tempfile.TemporaryFile("w") as f:
+        f.write(json.dumps(record))
+    clock("log")
+    return clock.seconds, record
+
+
+def useful_flops(learner, tokens):
+    """Floating-point operations that one step cannot do without: two per weight and token in a matrix product, three
+    times that with gradients. Not counted: attention, padding, and what the chunked log-probs compute twice."""
+    cfg, K = learner.cfg, learner.cfg.mtp_depth
+    samples = cfg.prompts_per_step * cfg.num_generations
+    problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
+    prompt = statistics.mean(len(p.prompt) for p in itertools.islice(problems, 1000))
+    trunk, heads = (
+        sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (learner.model.blocks, learner.heads)
+    )
+    logits, positions = learner.model.lm_head.weight.numel(), samples * prompt + tokens
+    rollout = trunk * (cfg.prompts_per_step * prompt + tokens) + logits * tokens
+    score = heads * positions + K * logits * tokens
+    update = (trunk + heads) * positions + (1 + K) * logits * tokens
+    return 2 * (rollout + score + 3 * update)
+
+
+def measure(changes, repeats=5):
+    """Medians over some steps, for a process of its own: seconds by phase and of the whole, samples, tokens/s, useful
+    FLOP/s, and the peak of memory in bytes beyond what the process had before (on a GPU: of its memory)."""
+    trainer()  # what it imports is not the run's memory
+    before = memory_peak(reset=True)
+    learner = bench_learner(changes)
+    steps = [bench_step(learner, step) for step in range(repeats + 1)][1:]  # the first warms up
+    seconds = {phase: statistics.median(s[phase] for s, _ in steps) for phase in PHASES}
+    tokens = statistics.median(record["response_length/sum"] for _, record in steps)
+    whole = statistics.median(sum(s.values()) for s, _ in steps)
+    cuda = learner.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if cuda else memory_peak() - before
+    samples = learner.cfg.prompts_per_step * learner.cfg.num_generations
+    rates = {"tokens_per_s": tokens / whole, "flops": useful_flops(learner, tokens) / whole}
+    return rates | {"seconds": seconds, "whole": whole, "memory": memory, "samples": samples}
+
+
+def memory_peak(reset=False):
+    """Peak of this process's resident memory in bytes; `reset` starts it anew, where the system can (Linux)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def in_new_process(function, *args):
+    """The result of function(*args) in a fresh process: its peak of memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def cache_speedup(repeats=7):
+    """Tokens/s of the sampler over those of decoding by whole forward passes, 48 new tokens: a ratio a repeat."""
+    learner = bench_learner(dict(max_new_tokens=48))
+    cfg, model = learner.cfg, learner.model
+    problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
+    prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(problems, cfg.prompts_per_step)]
+    G, end = cfg.num_generations, cfg.vocab_size or learner.tok.n_vocab  # an end that never comes: all rows run to 48
+
+    @torch.no_grad()
+    def without_cache():
+        tokens_BT, length_B = pad([row for row in prompts for _ in range(G)], learner.device)
+        tokens_BT, row = torch.nn.functional.pad(tokens_BT, (0, 48)), torch.arange(len(tokens_BT))
+        for i in range(48):
+            h_BC = model.hidden(tokens_BT[:, : int(length_B.max()) + i])[row, length_B + i - 1]
+            tokens_BT[row, length_B + i], _ = choose(model.logits(h_BC), 1.0, torch.rand(len(row)).to(learner.device))
+
+    ratios = []
+    for _ in range(repeats + 1):
+        slow = timed(without_cache, learner.device)
+        ratios.append(slow / timed(lambda: generate(model, prompts, G, 48, end), learner.device))
+    return ratios[1:]
+
+
+def bench(settings, repeats, picture):
+    """Print how fast a step is and where its time goes; draw how time and memory grow. Lines of Markdown."""
+    device = bench_learner({}).device
+    peak = matmul_peak(device, repeats)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; a large matrix product: {peak / 1e9:.0f} GFLOP/s; medians of {repeats}\n")
+    print("| setting | samples/s | tokens/s | " + " | ".join(PHASES) + " | GFLOP/s | of the peak | memory, MiB |")
+    print("|---|" + "---:|" * (5 + len(PHASES)))
+    for setting in settings:
+        m = in_new_process(measure, SETTINGS[setting], repeats)
+        shares = " | ".join(f"{100 * m['seconds'][phase] / m['whole']:.1f} %" for phase in PHASES)
+        cells = [f"{m['samples'] / m['whole']:.0f}", f"{m['tokens_per_s']:.0f}", shares, f"{m['flops'] / 1e9:.0f}"]
+        cells += [f"{100 * m['flops'] / peak:.0f} %", f"{m['memory'] / 2**20:.0f}"]
+        print(f"| {setting} | " + " | ".join(cells) + " |", flush=True)
+    print("\nSeconds a step over those of detach, measured in turn: median (smallest to largest)\n")
+    print("| setting | " + " | ".join(VARIANTS) + " |\n|---|" + "---:|" * len(VARIANTS))
+    for setting in settings:
+        ratios = step_ratios(SETTINGS[setting], repeats)
+        cells = [f"{statistics.median(r):.3f} ({min(r):.2f} to {max(r):.2f})" for r in ratios.values()]
+        print(f"| {setting} | " + " | ".join(cells) + " |", flush=True)
+    ratios = cache_speedup(repeats)
+    print(f"\nSampling 48 tokens with the KV cache, times as fast as without: {statistics.median(ratios):.1f} "
+          f"({min(ratios):.1f} to {max(ratios):.1f})", flush=True)  # fmt: skip
+    if picture:
+        growth = {
+            name: [in_new_process(measure, {name: value}, 3) for value in values] for name, values in GROWTH.items()
+        }
+        plot_growth(growth, picture)
+        print(picture)
+
+
+def step_ratios(setting, repeats):
+    """{variant: [seconds over those of the first variant, a repeat each]}, the variants taking turns."""
+    learners = {name: bench_learner({**setting, **changes}) for name, changes in VARIANTS.items()}
+    first, seconds = next(iter(learners)), []
+    for step in tqdm(range(repeats + 1), "regimes", disable=None):
+        seconds.append({name: sum(bench_step(learner, step)[0].values()) for name, learner in learners.items()})
+    return {name: [s[name] / s[first] for s in seconds[1:]] for name in learners}
+
+
+def plot_growth(growth, path):
+    """Seconds a step and memory against each setting of GROWTH, both over those at its smallest value; the dashed line
+    is growth in proportion."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(growth), figsize=(4.5 * len(growth), 4), layout="constrained", sharey=True)
+    for axis, (name, points) in zip(axes, growth.items()):
+        times = [value / GROWTH[name][0] for value in GROWTH[name]]
+        axis.plot(times, times, "--", color="gray", label="in proportion")
+        for label, values in (
+            ("seconds a step", [m["whole"] for m in points]),
+            ("seconds a token", [1 / m["tokens_per_s"] for m in points]),
+            ("memory", [m["memory"] for m in points]),
+        ):
+            axis.plot(times, [value / values[0] for value in values], "o-", label=label)
+        axis.set(xlabel=f"times --{name} {GROWTH[name][0]}", xscale="log", yscale="log", xticks=times)
+        axis.set_xticklabels([f"×{t:g}" for t in times])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("times as much")
+    axes[0].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -339,8 +563,12 @@ def parse(argv):
     many = commands.add_parser("plot", help="curves of runs in one picture")
     many.add_argument("run", nargs="+", help="folders of runs")
     many.add_argument("--out", default="", help="picture to write [curves.png in the first folder]")
+    fast = commands.add_parser("bench", help="how fast a step is, where its time goes, what the regimes cost")
+    fast.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="[all]")
+    fast.add_argument("--repeats", type=int, default=7, help="steps of each, after one to warm up [7]")
+    fast.add_argument("--out", default="out/growth.png", help="picture of growth; empty: none [out/growth.png]")
     args = parser.parse_args(argv)
-    for name, least in (("k", 1), ("problems", 1), ("temperature", 0)):
+    for name, least in (("k", 1), ("problems", 1), ("temperature", 0), ("repeats", 1)):
         value = getattr(args, name, least)
         if not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
@@ -352,6 +580,8 @@ def parse(argv):
 def main(args):
     if args.command == "score":
         print("\n".join(score(args.run, args.k, args.temperature, args.problems, torch.device(args.device))))
+    elif args.command == "bench":
+        bench(args.settings, args.repeats, args.out)
     else:
         path = args.out or str(Path(args.run[0]) / "curves.png")
         plot(args.run, path)

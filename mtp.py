@@ -71,19 +71,22 @@ def aligned_masks(mask_BT, depth):
     return [mask_BT & (column >= k) for k in range(1, depth + 1)]
 
 
-def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", door=lambda x: x, h_BTC=None):
+def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", door=lambda x: x, watch=None, h_BTC=None):
     """Log-probs of the masked tokens under the trunk and under each head, aligned (see the top of this file).
 
     tokens_BT (B, T); mask_BT (B, T-1), True where token t+1 counts. `door` is applied to each of the three trunk
-    tensors that the heads read; occ.scale_grad there decides how much of the MTP gradient enters the trunk.
+    tensors that the heads read; occ.scale_grad there decides how much of the MTP gradient enters the trunk. `watch`, if
+    given, is applied to what trunk and heads read behind the doors, all at once (occ.hidden_watch).
     Returns logp_BT (B, T-1), logp_KBT and mask_KBT (K, B, T-1), 0 and False outside the mask, and h_BTC.
     heads may be None: then K = 0. Given h_BTC, the trunk is not run again, and logp_BT is 0.
     """
-    run_trunk, depths = h_BTC is None, []
+    run_trunk, depths, W_heads = h_BTC is None, [], None
     if run_trunk:
         h_BTC = model.hidden(tokens_BT)
     if heads:
-        depths = heads(door(h_BTC), door(model.wte(tokens_BT)), model.rope(tokens_BT.size(1)))
+        reads = [h_BTC, *(door(x) for x in (h_BTC, model.wte(tokens_BT), model.lm_head.weight))]
+        h_BTC, h_heads, emb, W_heads = watch(*reads) if watch else reads
+        depths = heads(h_heads, emb, model.rope(tokens_BT.size(1)))
     masks = [mask_BT & run_trunk, *aligned_masks(mask_BT, len(depths))]
     S = mask_BT.size(1)  # position i -> column i+k; a sequence may be too short for a depth to have any
     hiddens = [h_BTC[:, :S], *(F.pad(h, (0, 0, k, 0))[:, :S] for k, h in enumerate(depths, 1))]
@@ -95,10 +98,9 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
         h_NC = torch.cat([h[m] for h, m in zip(hiddens[rows], masks[rows])])
         return linear_logp(h_NC, weight, target_DBT[rows][mask_DBT[rows]], temperature, impl)
 
-    W = model.lm_head.weight
-    flat_N = score(slice(0, 1), W)
+    flat_N = score(slice(0, 1), model.lm_head.weight)
     if heads:
-        flat_N = torch.cat((flat_N, score(slice(1, None), door(W))))
+        flat_N = torch.cat((flat_N, score(slice(1, None), W_heads)))
     logp_DBT = logp_DBT.masked_scatter(mask_DBT, flat_N)
     return logp_DBT[0], logp_DBT[1:], mask_DBT[1:], h_BTC
 

@@ -64,6 +64,18 @@ def scale_grad(x, lam):
     return x.detach() if lam == 0 else x if lam == 1 else _ScaleGrad.apply(x, torch.tensor(float(lam)))
 
 
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, see, *tensors):
+        ctx.see = see
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.see(*grads)
+        return None, *grads
+
+
 def itself(x):
     """The total over one process."""
     return x
@@ -96,6 +108,25 @@ def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20, total=itself)
     arXiv 1810.04650), and their gradients there cost one backward through the heads, none through the trunk.
     """
     return lam_plus * inner(grad_rl, grad_mtp, total) / (inner(grad_mtp, grad_mtp, total) + eps)
+
+
+def hidden_watch(lam, terms, cfg, total=itself):
+    """hidden_coefficient without a backward of its own: λ is set when the backward comes to the doors.
+
+    Returns watch(h, h_heads, emb, W) -> the same four, to stand between the doors (scale_grad with the tensor `lam`)
+    and what reads them: the trunk's own head reads the first, the MTP heads the others. Both gradients at h, a and b,
+    then pass here before the doors; lam and terms (see coefficient) are filled in.
+    """
+
+    def see(a, b, *_):
+        lam.fill_(hidden_coefficient(a, b, cfg.lam_plus, total=total))
+        terms.update(_terms(lam.item(), a, b, total))
+
+    return lambda *tensors: _Watch.apply(see, *tensors)
+
+
+def _terms(lam, a, b, total):
+    return {"occ/lam": lam, "occ/c_hat": inner(a, b, total), "occ/v2_hat": inner(b, b, total)}
 
 
 def delta_mtp(lam, c, v2, eta, L):
@@ -153,7 +184,7 @@ def coefficient(out, trunk, cfg, total=itself):
         lam = exact_terms(g, m, cfg.lam_plus)["lam_star"]
     else:
         lam = cfg.lam if rule == "fixed" else 0.0
-    return lam, {"occ/lam": lam, "occ/c_hat": inner(a, b, total), "occ/v2_hat": inner(b, b, total)}
+    return lam, _terms(lam, a, b, total)
 
 
 def probe(parts, trunk, lam_plus=1.0, share=0.5, total=itself):

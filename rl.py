@@ -544,15 +544,16 @@ class Losses(NamedTuple):
 MAXIMA = ("ratio_max", "logp_gap")
 
 
-def losses(model, heads, mb, algo, objective, cfg, on_policy, lam):
-    """Forward pass of a minibatch. lam is what the backward will let through the doors of the trunk (occ.scale_grad).
+def losses(model, heads, mb, algo, objective, cfg, on_policy, lam, watch=None):
+    """Forward pass of a minibatch. lam is what the backward will let through the doors of the trunk (occ.scale_grad);
+    watch stands behind the doors (occ.hidden_watch).
 
     on_policy: nothing has been updated since the rollout, so old log-probs are those of this very pass; the ratio is
     exactly 1 and δ exactly 0, not rounding noise for OCC to divide.
     """
     door = functools.partial(occ.scale_grad, lam=lam)
     logp_BT, logp_KBT, mask_KBT, h_BTC = mtp.logprobs(
-        model, heads, mb.tokens_BT, mb.mask_BT, cfg.temperature, cfg.logp_impl, door
+        model, heads, mb.tokens_BT, mb.mask_BT, cfg.temperature, cfg.logp_impl, door, watch
     )
     old_BT, old_KBT = (logp_BT.detach(), logp_KBT.detach()) if on_policy else (mb.logp_old_BT, mb.logp_old_KBT)
     if cfg.mtp_base == "main":

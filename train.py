@@ -494,10 +494,13 @@ class Learner:
         self.trunk, self.phi = list(self.model.parameters()), list(self.heads.parameters()) if self.heads else []
         self.optimizer = torch.optim.Adam(self.trunk + self.phi, lr=cfg.lr, fused=True)
         self.reference = None
+        hidden = self.regime.rule == "proxy" and cfg.occ_proxy == "hidden"
+        self.at_doors = hidden and cfg.lam_scope == "trunk"  # else λ must be known before the backward begins
 
-    def forward(self, mb, on_policy, lam):
+    def forward(self, mb, on_policy, lam, watch=None):
+        objective = self.regime.objective
         with autocast(self.device):
-            return rl.losses(self.model, self.heads, mb, self.algo, self.regime.objective, self.cfg, on_policy, lam)
+            return rl.losses(self.model, self.heads, mb, self.algo, objective, self.cfg, on_policy, lam, watch)
 
     def probe(self, mb, on_policy):
         passes = [functools.partial(self.forward, half, on_policy, 1.0) for half in mb.halves()]
@@ -521,18 +524,20 @@ class Learner:
         clock("score")
         updates = []
         for i, mb in enumerate(parts):
-            lam = torch.ones((), device=self.device)  # filled in at 5; the backward at 6 reads it
+            lam, terms = torch.ones((), device=self.device), {}  # filled in at 5; the backward at 6 reads lam
             door, weight = doors(cfg, lam)
+            watch = occ.hidden_watch(lam, terms, cfg, total) if self.at_doors else None
             # 3 policy loss · 4 MTP loss
-            out = self.forward(mb, i == 0, door)
+            out = self.forward(mb, i == 0, door, watch)
             clock("update")
-            # 5 coefficient λ_t
-            value, terms = occ.coefficient(out, self.trunk, cfg, total) if self.heads else (0.0, {})
+            # 5 coefficient λ_t (from hidden states: in the backward, at the doors)
+            if self.heads and not watch:
+                value, terms = occ.coefficient(out, self.trunk, cfg, total)
+                lam.fill_(value)
             clock("coefficient")
             if self.heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0:
                 terms |= self.probe(mb, on_policy=i == 0)
                 clock("probe")
-            lam.fill_(value)
             # 6 one backward, one step: the trunk moves by g + λ_t m, the heads by their own gradient
             loss = out.rl + weight * out.mtp
             self.optimizer.zero_grad()

@@ -260,3 +260,23 @@ def test_depths_need_no_weights_of_their_own():
     model, heads = tiny()
     assert not {id(p) for p in model.parameters()} & {id(p) for p in heads.parameters()}
     assert isinstance(heads, mtp.MTPHeads)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+@pytest.mark.parametrize("design", ("sequential", "parallel"))
+def test_the_coefficient_at_the_doors_is_that_of_two_more_backwards(tied, design):
+    """And the gradients of the one backward are g + λ m: nothing was let through before λ was known."""
+    model, heads, mb, cfg, objective = setting(tied, design, "naive", "occ", occ_proxy="hidden")
+    trunk = list(model.parameters())
+    lam, terms = torch.full((), 1e6), {}
+    watch = occ.hidden_watch(lam, terms, cfg)
+    run = lambda lam, watch=None: rl.losses(model, heads, mb, rl.ALGOS["dapo"], objective, cfg, False, lam, watch)  # noqa: E731
+    watched, plain = run(lam, watch), run(torch.ones(()))
+    value, expected = occ.coefficient(plain, trunk, cfg)
+    gradient = occ.flat_grad(watched.rl + watched.mtp, trunk)
+    assert abs(value) > 1e-3 and lam.item() == pytest.approx(value.item(), rel=1e-4)
+    assert {k: float(v) for k, v in terms.items()} == pytest.approx(
+        {k: float(v) for k, v in expected.items()}, rel=1e-4
+    )
+    by_hand = occ.flat_grad(plain.rl, trunk) + value * occ.flat_grad(plain.mtp, trunk)
+    torch.testing.assert_close(gradient, by_hand.float(), rtol=1e-3, atol=1e-5)
