@@ -187,6 +187,13 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def leave():
+    """The processes part together: one that went ahead would look dead to the others, and abort them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def say(line):
     """Print, once for all processes."""
     if world()[0] == 0:
@@ -636,17 +643,22 @@ def command_line(argv):
 
 
 def on_ctrl_c():
-    """A list that fills at the first Ctrl-C, to be met at the end of a step. The second is the usual exception."""
+    """A list that fills at the first Ctrl-C or SIGTERM, to be met at the end of a step. A second Ctrl-C is the usual
+    exception, but under torchrun, which sends these signals to processes that have had them already."""
     requested = []
 
     def handler(signum, frame):
         requested.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not dist.is_torchelastic_launched():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
     return requested
 
 
 if __name__ == "__main__":
     with evaluation.reporting("train.py"):
-        sys.exit(main(*command_line(sys.argv[1:]), on_ctrl_c()))
+        code = main(*command_line(sys.argv[1:]), on_ctrl_c())
+        leave()
+        sys.exit(code)

@@ -24,14 +24,14 @@ rl.is_right, evaluation.plot = coin, lambda *a: None
 with evaluation.reporting("train.py"):
     for config in json.loads({configs!r}):
         assert train.main(train.Config(**config)) == 0
-    assert "{folder}" == "" or train.main(*train.command_line(["--resume", "{folder}"])) == 0
+    train.leave()
 """
 
 
-def torchrun(tmp_path, processes, configs, patch="", folder=""):
+def torchrun(tmp_path, processes, configs, patch=""):
     """Run training for each config under torchrun; the finished command."""
     script = tmp_path / "script.py"
-    fields = dict(root=str(ROOT), tests=str(ROOT / "tests"), patch=patch, folder=folder)
+    fields = dict(root=str(ROOT), tests=str(ROOT / "tests"), patch=patch)
     script.write_text(SCRIPT.format(configs=json.dumps([c.__dict__ for c in configs]), **fields))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -77,7 +77,8 @@ def test_a_coefficient_for_each_process_would_be_seen(small, tmp_path):
     one, two = small("one"), small("two")
     train.main(one)
     patch = "import occ; own = occ.coefficient; occ.coefficient = lambda out, trunk, cfg, total: own(out, trunk, cfg)"
-    assert torchrun(tmp_path, 2, [two], patch).returncode == 0
+    run = torchrun(tmp_path, 2, [two], patch)
+    assert run.returncode == 0, run.stderr
     gaps = [abs(x["occ/lam"] - y["occ/lam"]) for x, y in zip(metrics(one)[1:], metrics(two)[1:])]
     assert max(gaps) > 1e-3
 
@@ -87,7 +88,8 @@ def test_pretraining_together_and_resuming_alone(small, tmp_path):
     one = small("one", cache_dir=str(tmp_path / "cache one"))
     train.main(one)
     two = small("two", cache_dir=str(tmp_path / "cache two"), steps=2)
-    assert torchrun(tmp_path, 2, [two]).returncode == 0
+    run = torchrun(tmp_path, 2, [two])
+    assert run.returncode == 0, run.stderr
     bases = [torch.load(next((tmp_path / f"cache {n}").iterdir()), weights_only=True) for n in ("one", "two")]
     for part in ("model", "heads"):
         for name, p in bases[0][part].items():

@@ -191,12 +191,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(small, monkeypatch, capsys):
         return collect(*args)
 
     monkeypatch.setattr(rl, "collect", interrupted)
-    before = signal.getsignal(signal.SIGINT)
+    before, at_term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         assert train.main(broken, stop=train.on_ctrl_c()) == 130
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second Ctrl-C ends it at once
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, at_term)
     assert f"stopped after step 3; go on with: python train.py --resume {broken.out}" in capsys.readouterr().out
     assert resume(broken) == 0
     assert metrics(broken) == metrics(whole)
