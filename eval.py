@@ -380,9 +380,9 @@ def useful_flops(learner, tokens):
         sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (learner.model.blocks, learner.heads)
     )
     logits, positions = learner.model.lm_head.weight.numel(), samples * prompt + tokens
-    rollout = trunk * (cfg.prompts_per_step * prompt + tokens) + logits * tokens
-    score = heads * positions + K * logits * tokens
-    update = (trunk + heads) * positions + (1 + K) * logits * tokens
+    rollout = trunk * (cfg.prompts_per_step * prompt + tokens - samples) + logits * tokens
+    score = heads * (positions - samples * (K + 3) / 2) + K * logits * tokens  # the last 1+k positions predict nothing
+    update = trunk * positions + logits * tokens + score
     return 2 * (rollout + score + 3 * update)
 
 
@@ -425,7 +425,7 @@ def in_new_process(function, *args):
 
 def cache_speedup(repeats=7):
     """Tokens/s of the sampler over those of decoding by whole forward passes, 48 new tokens: a ratio a repeat."""
-    learner = bench_learner(dict(max_new_tokens=48))
+    learner = bench_learner({**SETTINGS["default"], "max_new_tokens": 48})
     cfg, model = learner.cfg, learner.model
     problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
     prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(problems, cfg.prompts_per_step)]

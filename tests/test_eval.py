@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PLOT
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import occ
@@ -159,3 +160,52 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
     (Path(cfg.out) / "metrics.jsonl").write_text(header + "\n")
     assert "nothing logged yet" in fails(capsys, "plot", cfg.out)
     assert json.loads(header)["seed"] == 0
+
+
+# Benchmark
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A benchmark of models small enough for a test, all in this process."""
+    shape = dict(n_layer=1, n_head=2, n_embd=16, prompts_per_step=4, num_generations=2, updates_per_rollout=2)
+    monkeypatch.setattr(evaluation, "SETTINGS", {"default": dict(device="cpu", **shape)})
+    monkeypatch.setattr(evaluation, "GROWTH", {"prompts_per_step": (4, 8), "mtp_depth": (1, 2)})
+    monkeypatch.setattr(evaluation, "in_new_process", lambda function, changes, n: function({**shape, **changes}, n))
+    monkeypatch.setattr(rl, "is_right", rl.is_right)  # put back at the end
+    peaks = itertools.count(1)
+    monkeypatch.setattr(evaluation, "memory_peak", lambda reset=False: next(peaks) * 2**20)
+    return shape
+
+
+def test_bench_prints_its_tables_and_draws(bench, capsys, tmp_path):
+    evaluation.main(evaluation.parse(["bench", "--repeats", "2", "--out", str(tmp_path / "growth.png")]))
+    out = capsys.readouterr().out
+    phases, ratios = (line for line in out.splitlines() if line.startswith("| default"))
+    shares = [float(cell.strip(" %")) for cell in phases.split("|")[4:9]]
+    assert sum(shares) == pytest.approx(100, abs=15)  # medians of each phase: of the whole but for noise
+    assert shares[2] == max(shares) > 0  # the update
+    assert ratios.startswith("| default | 1.000 (1.00 to 1.00) |") and ratios.count("|") == 2 + len(evaluation.VARIANTS)
+    assert "Sampling 48 tokens with the KV cache, times as fast as without:" in out
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_regimes_take_turns_over_the_same_samples(bench):
+    learners = [evaluation.bench_learner({**bench, "regime": regime}) for regime in ("detach", "occ", "exact")]
+    for step in range(3):
+        sums = [evaluation.bench_step(learner, step)[1]["response_length/sum"] for learner in learners]
+        assert sums[0] == sums[1] == sums[2]
+
+
+def test_useful_flops_are_those_that_torch_counts_without_padding_and_attention(bench):
+    learner = evaluation.bench_learner({**bench, "logp_impl": "naive", "task": "add", "max_new_tokens": 30})
+    with FlopCounterMode(display=False) as counted:
+        _, record = evaluation.bench_step(learner, 1)
+    useful = evaluation.useful_flops(learner, record["response_length/sum"])
+    assert 0.8 * counted.get_total_flops() < useful <= counted.get_total_flops()
+
+
+def test_memory_peak_sees_what_was_allocated():
+    before = evaluation.memory_peak(reset=True)
+    torch.ones(2**24).sum()  # 64 MiB, freed again
+    assert 60 * 2**20 < evaluation.memory_peak() - before < 200 * 2**20

@@ -20,7 +20,7 @@ def commands():
     blocks = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
     lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
     parts = [part for line in lines for part in re.split(r" && ", line)]
-    return [shlex.split(part) for part in parts if part.startswith(("python", "pip"))]
+    return [shlex.split(part) for part in parts if part.startswith(("python", "pip", "torchrun"))]
 
 
 def test_every_command_parses(small, monkeypatch):
@@ -31,14 +31,15 @@ def test_every_command_parses(small, monkeypatch):
     for command in commands():
         if command[0] == "pip":
             assert command == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
-        elif command[1] == "train.py":
-            train.command_line(command[2:])
+        elif "train.py" in command[1:3]:
+            assert command[0] == "python" or command[:2] == ["torchrun", "--nproc_per_node=2"]
+            train.command_line(command[command.index("train.py") + 1 :])
         elif command[1] == "eval.py":
             evaluation.parse(command[2:])
         else:
             assert command == ["python", "-m", "pytest", "-q", "tests"]
         seen.add(command[1])
-    assert seen == {"install", "train.py", "eval.py", "-m"}
+    assert seen == {"install", "train.py", "--nproc_per_node=2", "eval.py", "-m"}
 
 
 def test_every_logged_key_is_in_the_table_and_the_other_way_round(small):
