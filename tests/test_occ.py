@@ -270,7 +270,10 @@ def test_the_coefficient_at_the_doors_is_that_of_two_more_backwards(tied, design
     trunk = list(model.parameters())
     lam, terms = torch.full((), 1e6), {}
     watch = occ.hidden_watch(lam, terms, cfg)
-    run = lambda lam, watch=None: rl.losses(model, heads, mb, rl.ALGOS["dapo"], objective, cfg, False, lam, watch)  # noqa: E731
+
+    def run(lam, watch=None):
+        return rl.losses(model, heads, mb, rl.ALGOS["dapo"], objective, cfg, False, lam, watch)
+
     watched, plain = run(lam, watch), run(torch.ones(()))
     value, expected = occ.coefficient(plain, trunk, cfg)
     gradient = occ.flat_grad(watched.rl + watched.mtp, trunk)
