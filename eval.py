@@ -67,6 +67,8 @@ def read_metrics(folder):
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{folder}: not a run: it has no metrics.jsonl")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: empty: the run never began; start it again")
     lines, records = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
     for i, line in enumerate(lines, 1):
         try:
@@ -448,6 +450,8 @@ def cache_speedup(repeats=7):
 
 def bench(settings, repeats, picture):
     """Print how fast a step is and where its time goes; draw how time and memory grow. Lines of Markdown."""
+    if picture:
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
     device = bench_learner({}).device
     peak = matmul_peak(device, repeats)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -39,7 +39,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: kv is (layers, 2, B, T, H, D)."""
+    """Keys and values of every layer: kv is (layers, 2, B, T, H, D), made for the prompts, then for their samples."""
 
     def __init__(self, cfg, B, T, device, dtype):
         self.kv = torch.zeros(cfg.n_layer, 2, B, T, cfg.n_head, cfg.n_embd // cfg.n_head, device=device, dtype=dtype)
@@ -174,7 +174,7 @@ def autocast(device):
 class Samples(NamedTuple):
     """Right-padded sequences. mask and logp sit at the token they speak of; both are 0 on prompts and padding.
 
-    h_BTC, if kept, is what `GPT.hidden` gives for the tokens, but for the last of each row, which no one continues.
+    h_BTC, if kept, is what `GPT.hidden` gives for each row's tokens but the last, which nobody continues.
     """
 
     tokens_BT: torch.Tensor

@@ -171,7 +171,8 @@ def coefficient(out, trunk, cfg, total=itself):
 
     out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states
     at the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. total: sums over processes.
-    Only "hidden" and "exact" differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}).
+    Only "hidden" and "exact" differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}),
+    numbers or tensors of one element.
     """
     rule, a, b = REGIMES[cfg.regime].rule, out.delta_rl_N, out.delta_mtp_N
     if rule == "proxy" and cfg.occ_proxy == "hidden":

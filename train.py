@@ -60,6 +60,7 @@ from model import autocast, pad, share, total, total_gradients, world
 # Multiply-adds of an update's largest matrix product that occupy a thread. With two threads on two cores a step took
 # 1.1 times as long as with one at 3 M, the same at 6 M, 0.85 at 7 M and 0.7 at 26 M.
 THREAD_WORK = 3_000_000
+CORES = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
 
 
 @dataclass
@@ -166,7 +167,7 @@ class Config:
 def set_up(cfg):
     """The device of this process; ValueError if there are more processes than GPUs. torchrun's processes meet here."""
     cuda, several, rank = cfg.device != "cpu" and torch.cuda.is_available(), dist.is_torchelastic_launched(), 0
-    cores = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
+    cores = CORES
     if several:
         rank, here = dist.get_node_local_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
         cores = max(usable_cores() // here, 1)
@@ -302,6 +303,8 @@ def save_atomically(state, path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -328,11 +331,13 @@ class Run:
         try:
             fcntl and fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{self.dir}: another run is writing there; wait for its end, or name another folder"
-            ) from None
+            raise ValueError(f"{self.dir}: another run is writing there; wait, or name another folder") from None
         self.files["metrics.jsonl"] = metrics
-        if header is not None:
+        if header is None:
+            now = evaluation.read_run(self.dir)[1]  # as it is under the lock
+            if (now and now["step"]) != self.saved:
+                raise ValueError(f"{self.dir}: another run has just written there; try again")
+        else:
             if metrics.tell() > 0:
                 raise ValueError(_occupied(self.dir, "metrics.jsonl"))
             self._write("metrics.jsonl", header)
@@ -390,11 +395,11 @@ class Run:
 
     def how_to_go_on(self):
         """For the last line of a run that breaks down."""
-        kept = (
-            "there is no checkpoint yet"
-            if self.saved is None
-            else f"the last good checkpoint is that of step {self.saved}"
-        )
+        if self.files and "samples.txt" not in self.files:
+            return "nothing has been written yet; start it again"
+        kept = "there is no checkpoint yet"
+        if self.saved is not None:
+            kept = f"the last good checkpoint is that of step {self.saved}"
         return f"{kept}; go on with: python train.py --resume {self.dir}"
 
     def log(self, record):
@@ -410,6 +415,7 @@ class Run:
     def save(self, step, learner, scores):
         """A checkpoint after `step`, with the sizes that the growing files have now."""
         if not self.files:
+            self.saved = step
             return
         for f in self.files.values():
             os.fsync(f.fileno())
@@ -569,7 +575,7 @@ def main(cfg, ckpt=None, resume=False, stop=()):
     FloatingPointError on a loss that is not finite.
     """
     device = set_up(cfg)
-    if occ.REGIMES[cfg.regime].rule == "proxy" and cfg.updates_per_rollout == 1:
+    if occ.REGIMES[cfg.regime].rule == "proxy" and cfg.occ_proxy == "logprob" and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
     learner = Learner(cfg, device)
     if ckpt:

@@ -98,6 +98,26 @@ def test_pretraining_together_and_resuming_alone(small, tmp_path):
     assert [r["reward/mean"] for r in metrics(two)[1:]] == [r["reward/mean"] for r in metrics(one)[1:]]
 
 
+def test_a_stop_that_one_process_sees_stops_all_at_the_same_step(small, tmp_path):
+    one, two = small("one", save_every=100), small("two", save_every=100)
+    train.main(one)
+    patch = """
+stop, calls, collect, main = [], [], rl.collect, train.main
+def counted(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        stop.append(1)
+    return collect(*args)
+rl.collect = counted
+train.main = lambda cfg: main(cfg, stop=stop) - 130
+"""
+    run = torchrun(tmp_path, 2, [two], patch)
+    assert run.returncode == 0, run.stderr
+    assert f"stopped after step 2; go on with: python train.py --resume {two.out}" in run.stdout
+    assert train.main(*train.command_line(["--resume", two.out])) == 0
+    assert [r["reward/mean"] for r in metrics(two)[1:]] == [r["reward/mean"] for r in metrics(one)[1:]]
+
+
 def test_a_process_that_dies_ends_the_job_with_its_error(small, tmp_path):
     patch = """
 if os.environ["RANK"] == "1":

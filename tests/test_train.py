@@ -179,7 +179,8 @@ def test_interrupted_before_the_first_checkpoint(small, monkeypatch):
     assert metrics(broken) == metrics(whole)
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_resumes(small, monkeypatch, capsys):
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(small, monkeypatch, capsys, number):
     whole, broken = small("whole", save_every=100), small("broken", save_every=100)
     train.main(whole)
     collect, calls = rl.collect, []
@@ -187,7 +188,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(small, monkeypatch, capsys):
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return collect(*args)
 
     monkeypatch.setattr(rl, "collect", interrupted)
