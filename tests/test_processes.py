@@ -33,7 +33,15 @@ def torchrun(tmp_path, processes, configs, patch=""):
     script = tmp_path / "script.py"
     fields = dict(root=str(ROOT), tests=str(ROOT / "tests"), patch=patch)
     script.write_text(SCRIPT.format(configs=json.dumps([c.__dict__ for c in configs]), **fields))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        str(script),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
