@@ -27,7 +27,6 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,12 +336,10 @@ def matmul_peak(device, repeats=7):
 
 def timed(run, device):
     """Seconds that run() takes, on CUDA until its work is done."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
+    clock = trainer().Clock(device)
     run()
-    wait()
-    return time.perf_counter() - began
+    clock("run")
+    return clock.seconds["run"]
 
 
 def trainer():

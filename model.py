@@ -182,6 +182,10 @@ class Samples(NamedTuple):
     logp_BT: torch.Tensor  # float32 log-prob of each sampled token, at the temperature it was sampled with
     h_BTC: torch.Tensor | None = None
 
+    def map(self, f):
+        """f applied to each of the tensors."""
+        return Samples(*(None if x is None else f(x) for x in self))
+
 
 def pad(rows, device):
     """Lists of token ids -> right-padded (B, T) and lengths (B,)."""
@@ -248,7 +252,7 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
             h_BTC[row, pos] = h_BC
         pos = pos + 1
     end = int(mask_BT.any(0).nonzero().max()) + 1
-    return Samples(*(None if x is None else x[:, :end] for x in (tokens_BT, mask_BT, logp_BT, h_BTC)))
+    return Samples(tokens_BT, mask_BT, logp_BT, h_BTC).map(lambda x: x[:, :end])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def hidden_watch(lam, terms, cfg, total=itself):
 
     def see(a, b, *_):
         lam.fill_(hidden_coefficient(a, b, cfg.lam_plus, total=total))
-        terms.update(_terms(lam.item(), a, b, total))
+        terms.update(_terms(lam.clone(), a, b, total))
 
     return lambda *tensors: _Watch.apply(see, *tensors)
 

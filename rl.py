@@ -283,7 +283,7 @@ def join(parts):
     if len(parts) == 1:
         return parts[0]
     T = max(part.tokens_BT.size(1) for part in parts)
-    wide = [[None if x is None else F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.size(1))) for x in p] for p in parts]
+    wide = [part.map(lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.size(1)))) for part in parts]
     return Samples(*(None if field[0] is None else torch.cat(field) for field in zip(*wide)))
 
 
@@ -304,10 +304,10 @@ def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1
         asked = [p for p in problems[mine] for _ in range(G)]
         right = [float(is_right(problem, text)) for problem, text in zip(asked, texts)]
         if world()[1] > 1:
-            samples = Samples(*(None if x is None else x.cpu() for x in samples))
+            samples = samples.map(torch.Tensor.cpu)
         part = samples, texts, right
     samples, texts, right = zip(*(part for part in gather(part) if part))
-    samples = Samples(*(None if x is None else x.to(device) for x in join(samples)))
+    samples = join(samples).map(lambda x: x.to(device))
     return samples, sum(texts, []), torch.tensor(sum(right, [])).view(len(problems), G)
 
 
@@ -341,7 +341,7 @@ def collect(model, tok, problems, algo, cfg, generator):
         missing -= int(keep_P.sum())
     samples, rewards, keeps, flats, lengths, drawn, texts = zip(*rounds)
     keep_B = torch.cat(keeps).repeat_interleave(G).to(samples[0].tokens_BT.device)
-    kept = Samples(*(None if x is None else x[keep_B] for x in join(samples)))
+    kept = join(samples).map(lambda x: x[keep_B])
     length_B, logp = torch.cat(lengths).float(), sum(part.logp_BT.sum() for part in samples)
     metrics = {
         "reward/mean": torch.cat(rewards).mean().item(),
@@ -524,11 +524,12 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
         weight_KBT = torch.stack(weights[1:]) if K else logp_KBT  # without heads, both are empty
         parts.append(Minibatch(tokens_BT, mask_BT, adv_B[rows], logp_sampled_BT, logp_old_BT, logp_ref_BT, logp_KBT,
                                weights[0], weight_KBT, counts, a.stop - a.start, half / n))  # fmt: skip
+    if not parts:
+        return [], {}
     shares = total(accepted_K) / scored_K.clamp(min=1)
-    metrics = {f"mtp/agreement_{k}": value for k, value in enumerate(shares.tolist(), 1)} if parts else {}
-    if parts:
-        most = int(parts[0].mask_BT.sum()) * max(K, 1)  # tokens in the larger of an update's two calls
-        metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size)
+    metrics = {f"mtp/agreement_{k}": value for k, value in enumerate(shares.tolist(), 1)}
+    most = int(parts[0].mask_BT.sum()) * max(K, 1)  # tokens in the larger of an update's two calls
+    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size)
     return parts, metrics
 
 
@@ -538,10 +539,12 @@ class Losses(NamedTuple):
     delta_rl_N: torch.Tensor  # change of log-prob since the rollout, on the tokens that some head scores
     delta_mtp_N: torch.Tensor  # the same of the heads, mean over the depths that score the token
     h_BTC: torch.Tensor
-    stats: dict  # of this share: to be summed over processes, those in MAXIMA maximised
+    stats: dict  # of this share: to be summed over processes; of some the largest counts (is_maximum)
 
 
-MAXIMA = ("ratio_max", "logp_gap")
+def is_maximum(name):
+    """Whether a statistic is the largest of something, so that of several values the largest counts."""
+    return "ratio_max" in name or "logp_gap" in name
 
 
 def losses(model, heads, mb, algo, objective, cfg, on_policy, lam, watch=None):

@@ -58,7 +58,7 @@ import rl
 from model import autocast, pad, share, total, total_gradients, world
 
 # Multiply-adds of an update's largest matrix product that occupy a thread. With two threads on two cores a step took
-# 1.1 times as long as with one at 3 M, the same at 6 M, 0.85 at 7 M and 0.7 at 26 M.
+# 1.1 times as long as with one at 3 M, 0.85 to 1.08 times at 6.5 M and 0.7 times at 26 M.
 THREAD_WORK = 3_000_000
 CORES = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
 
@@ -463,20 +463,20 @@ def doors(cfg, lam):
 
 
 def over_processes(stats):
-    """Each process's share of some statistics -> the statistics: sums, or the largest of rl.MAXIMA."""
-    for op, chosen in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
-        names = [name for name in stats if any(maximum in name for maximum in rl.MAXIMA) == chosen]
+    """Each process's share of some statistics -> the statistics: sums, or maxima (rl.is_maximum)."""
+    for op, maximum in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+        names = [name for name in stats if rl.is_maximum(name) == maximum]
         if names and world()[1] > 1:
             stats |= zip(names, total(torch.stack([stats[name].float() for name in names]), op))
     return stats
 
 
 def summary(updates):
-    """One step's updates as one record: means, but maxima of rl.MAXIMA, and of occ/ the last (the first λ_t is 0)."""
+    """One step's updates as one record: means or maxima (rl.is_maximum), and of occ/ the last (the first λ_t is 0)."""
     record = {}
     for name in {name: None for update in updates for name in update}:
         values = [float(update[name]) for update in updates if name in update]
-        record[name] = max(values) if any(m in name for m in rl.MAXIMA) else sum(values) / len(values)
+        record[name] = max(values) if rl.is_maximum(name) else sum(values) / len(values)
         if name.startswith("occ/"):
             record[name] = values[-1]
     return record
