@@ -189,16 +189,36 @@ def coefficient(out, trunk, cfg, total=itself):
 
 
 def probe(parts, trunk, lam_plus=1.0, share=0.5, total=itself):
-    """The exact terms of one minibatch, whatever the regime, for the log.
+    """The exact terms of one minibatch, whatever the regime, and what each proxy makes of it, for the log.
 
     parts: one or two functions, each running the forward of a part of the minibatch with open doors and returning an
-    object with its contributions rl and mtp to the losses. With two, the first being `share` of it, split_terms too.
+    object as `coefficient` takes it. With two, the first being `share` of it, split_terms too.
+    Returns the terms, and the gradients g and m of the two losses.
     """
-    grads = []
+    grads, deltas, at_h = [], [], []
     for run in parts:
         out = run()
         grads.append((total(flat_grad(out.rl, trunk)), total(flat_grad(out.mtp, trunk))))
-    terms = exact_terms(sum(g for g, _ in grads), sum(m for _, m in grads), lam_plus)
+        deltas.append((out.delta_rl_N, out.delta_mtp_N))
+        at_h.append(tuple(flat_grad(loss, [out.h_BTC]) for loss in (out.rl, out.mtp)))
+    g, m = (sum(x) for x in zip(*grads))
+    terms = exact_terms(g, m, lam_plus)
     if len(grads) == 2:
         terms |= split_terms(*grads[0], *grads[1], share)
-    return {f"occ/{name}": value for name, value in terms.items()}
+    delta_rl_N, delta_mtp_N = (torch.cat(x) for x in zip(*deltas))
+    terms["lam_hidden"] = hidden_coefficient(*(torch.cat(x) for x in zip(*at_h)), lam_plus, total=total).item()
+    for average in ("sums", "ratios"):
+        lam = logprob_coefficient(delta_rl_N, delta_mtp_N, lam_plus, average=average, total=total)
+        terms[f"lam_{average}"] = lam.item()
+    return {f"occ/{name}": value for name, value in terms.items()}, g, m
+
+
+def step_terms(u, g, g_after, delta):
+    """η and L of a step that was made, for delta_mtp: u = g + λ m, delta the step, all gradients of losses (-J).
+
+    η = ‖delta‖/‖u‖: the plain gradient step of the same length, whatever the optimizer and clipping made of u.
+    L = <g_after - g, delta>/‖delta‖²: how fast the slope of the objective falls along this step; it may be negative.
+    """
+    length2 = inner(delta, delta).item()
+    eta = (length2 / max(inner(u, u).item(), 1e-30)) ** 0.5
+    return {"occ/eta": eta, "occ/L": inner(g_after - g, delta).item() / max(length2, 1e-30)}

@@ -470,7 +470,7 @@ class Minibatch(NamedTuple):
     logp_ref_BT: torch.Tensor  # of the frozen base; zeros without KL
     logp_old_KBT: torch.Tensor  # of each head, aligned
     weight_BT: torch.Tensor  # what each token counts in loss_rl
-    weight_KBT: torch.Tensor  # and in the loss of each head
+    weight_KBT: torch.Tensor  # and in the policy loss of each head
     counts: torch.Tensor  # (1+K,) tokens of the whole that the trunk and each head score
     half: int  # rows in the first of two halves of whole groups; 0 if there is but one group
     half_share: float  # of the whole minibatch, that this half is
@@ -486,7 +486,7 @@ class Minibatch(NamedTuple):
 
 
 @torch.no_grad()
-def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=None):
+def minibatches(model, heads, samples, adv_B, algo, cfg, reference=None):
     """A rollout cut into updates_per_rollout minibatches, whole groups in each (fewer if there are fewer groups).
 
     Old log-probs of the trunk are the sampler's, and the heads are run on the hidden states that it kept. Where it kept
@@ -496,7 +496,6 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
     of min(1, q/p), whose expectation over tokens from p is sum_v min(p_v, q_v).
     """
     G, K, parts = cfg.num_generations, len(heads.heads) if heads else 0, []
-    agg = algo.loss_agg if objective == "policy" else "token"
     accepted_K, scored_K = torch.zeros(2, K, device=adv_B.device)
     P = len(adv_B) // G
     for groups in torch.arange(P).tensor_split(min(cfg.updates_per_rollout, P)) if P else ():
@@ -507,8 +506,7 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
         whole_BT = samples.mask_BT[first : first + n, 1:]
         T = 2 + int((whole_BT * torch.arange(whole_BT.size(1), device=whole_BT.device)).max())  # the longest ends here
         masks = [mask[:, : T - 1] for mask in (whole_BT, *mtp.aligned_masks(whole_BT, K))]
-        weights = [token_weights(m, algo.loss_agg if k == 0 else agg, cfg.max_new_tokens)[mine]
-                   for k, m in enumerate(masks)]  # fmt: skip
+        weights = [token_weights(m, algo.loss_agg, cfg.max_new_tokens)[mine] for m in masks]
         counts = torch.stack([m.sum() for m in masks])
         tokens_BT, mask_BT, logp_sampled_BT = samples.tokens_BT[rows, :T], masks[0][mine], samples.logp_BT[rows, 1:T]
         h_BTC = None if samples.h_BTC is None else samples.h_BTC[rows, :T]
@@ -535,7 +533,8 @@ def minibatches(model, heads, samples, adv_B, algo, objective, cfg, reference=No
 
 class Losses(NamedTuple):
     rl: torch.Tensor
-    mtp: torch.Tensor  # mean over depths
+    mtp: torch.Tensor  # of the heads, its gradient for the trunk; mean over depths
+    heads: torch.Tensor | None  # what the heads learn, where cfg.mtp_learn makes that another loss
     delta_rl_N: torch.Tensor  # change of log-prob since the rollout, on the tokens that some head scores
     delta_mtp_N: torch.Tensor  # the same of the heads, mean over the depths that score the token
     h_BTC: torch.Tensor
@@ -548,9 +547,10 @@ def is_maximum(name):
 
 
 def losses(model, heads, mb, algo, objective, cfg, on_policy, lam, watch=None):
-    """Forward pass of a minibatch. lam is what the backward will let through the doors of the trunk (occ.scale_grad);
-    watch stands behind the doors (occ.hidden_watch).
+    """Forward pass of a minibatch.
 
+    objective: of the heads, as far as the trunk is concerned, "ce" or "policy". lam: what the backward will let through
+    the doors of the trunk (occ.scale_grad); watch stands behind the doors (occ.hidden_watch).
     on_policy: nothing has been updated since the rollout, so old log-probs are those of this very pass; the ratio is
     exactly 1 and δ exactly 0, not rounding noise for OCC to divide.
     """
@@ -570,18 +570,22 @@ def losses(model, heads, mb, algo, objective, cfg, on_policy, lam, watch=None):
     if on_policy:
         stats["rollout/logp_gap"] = largest((logp_BT - mb.logp_sampled_BT).abs() * mb.mask_BT)
 
-    loss_mtp = torch.zeros_like(loss_rl)
+    learn = cfg.mtp_learn or objective
+    by_depth = {"policy": [], "ce": []}
     for k in range(len(logp_KBT)):
-        weight_BT, count = mb.weight_KBT[k], mb.counts[1 + k]
-        loss_k, seen = policy_loss(logp_KBT[k], old_KBT[k], mb.adv_B, mask_KBT[k], weight_BT, algo, count)
-        if objective == "ce":
-            loss_k = -(weight_BT * logp_KBT[k]).sum()
-        loss_mtp = loss_mtp + loss_k / len(logp_KBT)
-        stats |= {f"mtp/loss_{k + 1}": loss_k, f"mtp/ratio_max_{k + 1}": seen["ratio_max"],
+        count = mb.counts[1 + k].clamp(min=1)
+        loss_k, seen = policy_loss(logp_KBT[k], old_KBT[k], mb.adv_B, mask_KBT[k], mb.weight_KBT[k], algo, count)
+        by_depth["policy"].append(loss_k)
+        by_depth["ce"].append(-(logp_KBT[k] * mask_KBT[k]).sum() / count)
+        stats |= {f"mtp/loss_{k + 1}": by_depth[learn][-1], f"mtp/ratio_max_{k + 1}": seen["ratio_max"],
                   f"mtp/clip_frac_{k + 1}": seen["clip_frac_low"] + seen["clip_frac_high"]}  # fmt: skip
+    mean = {kind: sum(losses) / max(len(losses), 1) for kind, losses in by_depth.items()}
+    loss_mtp, loss_heads = mean[objective or "ce"], mean[learn] if learn != objective else None
 
     depths_BT = mask_KBT.sum(0)
     scored_BT = depths_BT > 0
     delta_mtp_BT = ((logp_KBT - old_KBT) * mask_KBT).sum(0) / depths_BT.clamp(min=1)
     deltas = ((logp_BT - old_BT)[scored_BT].detach(), delta_mtp_BT[scored_BT].detach())
-    return Losses(loss_rl, loss_mtp, *deltas, h_BTC, {name: value.detach() for name, value in stats.items()})
+    return Losses(
+        loss_rl, loss_mtp, loss_heads, *deltas, h_BTC, {name: value.detach() for name, value in stats.items()}
+    )

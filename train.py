@@ -88,6 +88,7 @@ class Config:
     occ_proxy: Literal["logprob", "hidden"] = "logprob"  # the paper's, or gradients at the hidden states
     occ_average: Literal["sums", "ratios"] = "sums"  # a ratio of sums (paper) or a mean of ratios (released code)
     mtp_base: Literal["mtp", "main"] = "mtp"  # old log-prob of the heads: their own, or main (released code)
+    mtp_learn: Literal[None, "ce", "policy"] = None  # what the heads learn by, if not by what enters the trunk
     lam_scope: Literal["trunk", "all"] = "trunk"  # what lambda scales; all: also what the heads learn (released code)
     # one detail of the method changed; by default what --algo says
     advantage: Literal[None, "group_std", "group", "loo", "batch"] = None  # baseline and scale of the rewards
@@ -516,8 +517,17 @@ class Learner:
             return rl.losses(self.model, self.heads, mb, self.algo, objective, self.cfg, on_policy, lam, watch)
 
     def probe(self, mb, on_policy):
+        """What to log of this minibatch, its gradients g and m, and the trunk before the step."""
         passes = [functools.partial(self.forward, half, on_policy, 1.0) for half in mb.halves()]
-        return occ.probe(passes, self.trunk, self.cfg.lam_plus, mb.half_share, total)
+        return *occ.probe(passes, self.trunk, self.cfg.lam_plus, mb.half_share, total), self.flat_trunk()
+
+    def probe_step(self, mb, lam, g, m, before):
+        """And of the step that has been made since."""
+        g_after = total(occ.flat_grad(self.forward(mb, False, 1.0).rl, self.trunk))
+        return occ.step_terms(g + float(lam) * m, g, g_after, self.flat_trunk() - before)
+
+    def flat_trunk(self):
+        return torch.nn.utils.parameters_to_vector(self.trunk).detach()
 
     def step(self, step, clock):
         """One rollout and its updates. Returns what to log, and examples to read."""
@@ -531,9 +541,7 @@ class Learner:
         # 2 rewards -> advantages; old log-probs
         adv_B = rl.advantages(reward_PG, algo.advantage).flatten().to(self.device)
         with autocast(self.device):
-            parts, stats = rl.minibatches(
-                self.model, self.heads, samples, adv_B, algo, self.regime.objective, cfg, self.reference
-            )
+            parts, stats = rl.minibatches(self.model, self.heads, samples, adv_B, algo, cfg, self.reference)
         clock("score")
         updates = []
         for i, mb in enumerate(parts):
@@ -548,17 +556,24 @@ class Learner:
                 value, terms = occ.coefficient(out, self.trunk, cfg, total)
                 lam.fill_(value)
             clock("coefficient")
-            if self.heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0:
-                terms |= self.probe(mb, on_policy=i == 0)
+            probing = self.heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0
+            if probing:
+                exact, *before = self.probe(mb, on_policy=i == 0)
                 clock("probe")
             # 6 one backward, one step: the trunk moves by g + λ_t m, the heads by their own gradient
-            loss = out.rl + weight * out.mtp
             self.optimizer.zero_grad()
-            loss.backward()
+            apart = out.heads is not None  # the heads learn from another loss, whose gradient stays theirs
+            (out.rl + weight * out.mtp).backward(inputs=self.trunk if apart else None, retain_graph=apart)
+            if apart:
+                (weight * out.heads).backward(inputs=self.phi)
             total_gradients(self.trunk + self.phi)
             norms = {"grad_norm/trunk": torch.nn.utils.clip_grad_norm_(self.trunk, cfg.grad_clip),
                      "grad_norm/heads": torch.nn.utils.clip_grad_norm_(self.phi, cfg.grad_clip)}  # fmt: skip
             self.optimizer.step()
+            clock("update")
+            if probing:
+                terms |= exact | self.probe_step(mb, terms["occ/lam"], *before)
+                clock("probe")
             updates.append(over_processes(out.stats) | terms | norms)
             clock("update")
         # 7 log

@@ -164,6 +164,7 @@ def setting(tied, design, impl, regime, **changes):
                 temperature=1.0,
                 logp_impl=impl,
                 mtp_base="mtp",
+                mtp_learn=None,
                 regime=regime,
                 lam=0.5,
                 lam_plus=1.0,
@@ -179,7 +180,7 @@ def setting(tied, design, impl, regime, **changes):
     samples = rl.Samples(*(torch.nn.functional.pad(x, (1, 0)) for x in (tokens[:, 1:], mask, mask * -1.0)))
     samples = samples._replace(tokens_BT=tokens)
     adv, objective = torch.tensor([1.0, -1.0, 0.5, -0.5]), occ.REGIMES[regime].objective
-    (mb,), _ = rl.minibatches(model, heads, samples, adv, rl.ALGOS["dapo"], objective, cfg)
+    (mb,), _ = rl.minibatches(model, heads, samples, adv, rl.ALGOS["dapo"], cfg)
     with torch.no_grad():
         for p in [*model.parameters(), *heads.parameters()]:
             p.add_(0.01 * torch.randn_like(p))
@@ -215,6 +216,20 @@ def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
         )  # λ does not touch their own learning
 
 
+def test_heads_may_learn_from_another_loss_than_the_trunk():
+    """--mtp_learn ce: the heads get the gradient of `detach`, the trunk that of `policy`."""
+    grads = {}
+    for regime, learn in (("detach", None), ("policy", None), ("policy", "ce")):
+        model, heads, mb, cfg, objective = setting(False, "sequential", "naive", regime, mtp_learn=learn)
+        out = rl.losses(model, heads, mb, rl.ALGOS["dapo"], objective, cfg, False, 0.5)
+        loss = out.mtp if out.heads is None else out.heads
+        grads[regime, learn] = [occ.flat_grad(out.mtp, list(model.parameters())),
+                                occ.flat_grad(loss, list(heads.parameters()))]  # fmt: skip
+    torch.testing.assert_close(grads["policy", "ce"][0], grads["policy", None][0])
+    torch.testing.assert_close(grads["policy", "ce"][1], grads["detach", None][1])
+    assert (grads["policy", "ce"][1] - grads["policy", None][1]).norm() > 0.01
+
+
 def test_coefficient_of_each_regime():
     for regime, changes in (
         ("ce", {}),
@@ -246,13 +261,26 @@ def test_probe_measures_whole_and_halves():
     model, heads, mb, cfg, objective = setting(False, "sequential", "naive", "policy")
     trunk = list(model.parameters())
     run = lambda part: lambda: rl.losses(model, heads, part, rl.ALGOS["dapo"], objective, cfg, False, 1.0)  # noqa: E731
-    (halves, whole) = (occ.probe([run(part) for part in parts], trunk) for parts in (mb.halves(), [mb]))
-    for name in ("occ/c", "occ/v2", "occ/cos", "occ/lam_star"):
+    (halves, g, m), (whole, *_) = (occ.probe([run(part) for part in parts], trunk) for parts in (mb.halves(), [mb]))
+    for name in "c v2 cos lam_star lam_hidden lam_sums lam_ratios".split():
+        name = f"occ/{name}"
         assert halves[name] == pytest.approx(whole[name], rel=1e-3)
     assert "occ/c_split" in halves and "occ/c_split" not in whole
     out = run(mb)()
-    g, m = occ.flat_grad(out.rl, trunk), occ.flat_grad(out.mtp, trunk)
+    torch.testing.assert_close(g, occ.flat_grad(out.rl, trunk), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(m, occ.flat_grad(out.mtp, trunk), rtol=1e-3, atol=1e-6)
     assert halves["occ/c"] == pytest.approx((g @ m).item(), rel=1e-3)
+    for proxy, changes in (("sums", {}), ("ratios", dict(occ_average="ratios")), ("hidden", dict(occ_proxy="hidden"))):
+        lam, _ = occ.coefficient(out, trunk, SimpleNamespace(**{**vars(cfg), "regime": "occ", **changes}))
+        assert halves[f"occ/lam_{proxy}"] == pytest.approx(float(lam), rel=1e-3)
+
+
+def test_step_terms_of_a_quadratic():
+    """f = x·A x/2 has the smoothness d·A d/‖d‖² along d, whatever the optimizer that made the step d."""
+    A, x, d = torch.diag(torch.tensor([1.0, 3.0, -2.0])), torch.ones(3), torch.tensor([0.1, -0.2, 0.1])
+    terms = occ.step_terms(2 * A @ x, A @ x, A @ (x + d), d)
+    assert terms["occ/L"] == pytest.approx((0.01 + 0.12 - 0.02) / 0.06, rel=1e-5)
+    assert terms["occ/eta"] == pytest.approx((0.06 / (4 * 14)) ** 0.5, rel=1e-5)
 
 
 def test_depths_need_no_weights_of_their_own():

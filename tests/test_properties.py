@@ -135,11 +135,13 @@ def test_losses_of_shares_add_up_and_padding_does_not_matter(rng):
     G = 2
     tokens, mask = random_batch(rng, B=2 * G)
     algo, objective = rl.ALGOS[rng.choice(list(rl.ALGOS))], rng.choice(("ce", "policy"))
-    cfg = type("Cfg", (), dict(temperature=1.0, logp_impl=rng.choice(("naive", "chunked")), mtp_base="mtp"))
+    cfg = type(
+        "Cfg", (), dict(temperature=1.0, logp_impl=rng.choice(("naive", "chunked")), mtp_base="mtp", mtp_learn=None)
+    )
     cfg.updates_per_rollout, cfg.num_generations, cfg.max_new_tokens = 1, G, 9
     pad = torch.nn.functional.pad
     samples = rl.Samples(tokens, pad(mask, (1, 0)), pad(mask * -1.0, (1, 0)))
-    (mb,), _ = rl.minibatches(model, heads, samples, torch.randn(2 * G), algo, objective, cfg)
+    (mb,), _ = rl.minibatches(model, heads, samples, torch.randn(2 * G), algo, cfg)
     with torch.no_grad():
         for p in [*model.parameters(), *heads.parameters()]:
             p.add_(0.02 * torch.randn_like(p))

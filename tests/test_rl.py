@@ -16,7 +16,13 @@ import occ
 import rl
 
 CFG = SimpleNamespace(
-    temperature=1.0, logp_impl="naive", mtp_base="mtp", updates_per_rollout=2, num_generations=2, max_new_tokens=8
+    temperature=1.0,
+    logp_impl="naive",
+    mtp_base="mtp",
+    mtp_learn=None,
+    updates_per_rollout=2,
+    num_generations=2,
+    max_new_tokens=8,
 )
 
 
@@ -397,7 +403,7 @@ def test_dynamic_sampling_gives_up_after_some_rounds(monkeypatch):
     samples, reward, metrics, _ = scripted(monkeypatch, [[0.0, 0.0]] * 100, "dapo")
     assert len(reward) == len(samples.tokens_BT) == 0 and metrics["reward/frac_zero_std"] == 1.0
     adv = rl.advantages(reward, "group_std").flatten()
-    assert rl.minibatches(None, None, samples, adv, rl.ALGOS["dapo"], "ce", CFG) == ([], {})
+    assert rl.minibatches(None, None, samples, adv, rl.ALGOS["dapo"], CFG) == ([], {})
 
 
 def test_the_overlong_penalty_is_in_the_reward_but_does_not_make_a_group_informative(monkeypatch):
@@ -423,7 +429,7 @@ def whole_batch(objective="policy", algo="dapo", depth=2, **changes):
     samples = rl.Samples(tokens, F.pad(mask, (1, 0)), F.pad(logp.detach(), (1, 0)))
     cfg = SimpleNamespace(**{**vars(CFG), **changes})
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    parts, metrics = rl.minibatches(model, heads, samples, adv, rl.ALGOS[algo], objective, cfg)
+    parts, metrics = rl.minibatches(model, heads, samples, adv, rl.ALGOS[algo], cfg)
     return model, heads, parts, metrics, cfg
 
 
@@ -452,7 +458,7 @@ def test_agreement_is_the_overlap_of_the_two_distributions():
     mask[:, 3] = True
     logp, logp_k, _, h = mtp.logprobs(model, heads, tokens, mask)
     samples = rl.Samples(tokens, F.pad(mask, (1, 0)), F.pad(logp.detach(), (1, 0)))
-    _, metrics = rl.minibatches(model, heads, samples, torch.zeros(4000), rl.ALGOS["dapo"], "ce", CFG)
+    _, metrics = rl.minibatches(model, heads, samples, torch.zeros(4000), rl.ALGOS["dapo"], CFG)
     q_logits = model.logits(heads(h, model.wte(tokens), model.rope(5))[0][:, 2])
     overlap = torch.minimum(p_logits.softmax(-1), q_logits.softmax(-1)).sum(-1).mean().item()
     assert 0.2 < overlap < 0.95 and metrics["mtp/agreement_1"] == pytest.approx(overlap, abs=0.02)
@@ -514,7 +520,6 @@ def test_the_samplers_eos_is_in_the_minibatch_with_a_weight():
         samples,
         torch.ones(4),
         rl.ALGOS["dapo"],
-        "ce",
         SimpleNamespace(**{**vars(CFG), "updates_per_rollout": 1}),
     )
     ends = (mb.tokens_BT[:, 1:] == 5) & mb.mask_BT
@@ -588,7 +593,7 @@ def test_evaluation_uses_the_same_numbers_every_time_whatever_the_seed_of_torch(
 def test_old_logprobs_from_the_samplers_hidden_states_equal_those_of_a_forward_pass():
     model, heads = tiny()
     samples = rl.generate(model, [[1, 2, 3], [4, 5]], 4, 8, eos=5, keep_hidden=True)
-    args = torch.ones(8), rl.ALGOS["dapo"], "policy", CFG
+    args = torch.ones(8), rl.ALGOS["dapo"], CFG
     kept, _ = rl.minibatches(model, heads, samples, *args)
     again, _ = rl.minibatches(model, heads, samples._replace(h_BTC=None), *args)
     for a, b in zip(kept, again):
@@ -608,7 +613,7 @@ def test_under_autocast_old_logprobs_are_made_again():
     with torch.autocast("cpu", torch.bfloat16):
         samples, reward, _, _ = rl.collect(model, rl.get_tokenizer("bytes"), problems, rl.ALGOS["grpo"], cfg, None)
         samples = samples._replace(logp_BT=samples.logp_BT - 0.5)
-        (mb,), _ = rl.minibatches(model, heads, samples, torch.ones(8), rl.ALGOS["grpo"], "policy", cfg)
+        (mb,), _ = rl.minibatches(model, heads, samples, torch.ones(8), rl.ALGOS["grpo"], cfg)
         logp, _, _, _ = mtp.logprobs(model, heads, mb.tokens_BT, mb.mask_BT)
         out = rl.losses(model, heads, mb, rl.ALGOS["grpo"], "policy", cfg, True, 1.0)
     assert samples.h_BTC is None and samples.logp_BT.dtype == torch.float32

@@ -308,7 +308,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
         return out._replace(rl=out.rl * float("nan")) if len(calls) == 5 else out
 
     monkeypatch.setattr(rl, "losses", broken)
-    monkeypatch.setattr(train.occ, "probe", lambda *a, **k: {})
+    monkeypatch.setattr(train.Learner, "probe", lambda *a, **k: ({},))
+    monkeypatch.setattr(train.Learner, "probe_step", lambda *a: {})
     with pytest.raises(SystemExit) as exit, evaluation.reporting("train.py"):
         train.main(cfg)
     assert exit.value.code == 1
