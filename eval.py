@@ -15,6 +15,8 @@ evaluation during training, and the command line's manners (a mistake is one lin
 import argparse
 import concurrent.futures
 import contextlib
+import copy
+import csv
 import dataclasses
 import errno
 import inspect
@@ -24,9 +26,12 @@ import math
 import multiprocessing
 import random
 import re
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,11 +41,13 @@ import torch
 from tqdm import tqdm
 
 import mtp
+import occ
 import rl
 from model import GPT, GPTConfig, autocast, choose, generate, pad
 
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
+FREE = "out cache_dir device threads save_every steps".split()  # settings of a run that are no part of the experiment
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POINTS = 60  # of a line in a plot, at most
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
@@ -211,7 +218,7 @@ def row_of(name, n, cells):
 def group_runs(folders):
     """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
     runs = [read_metrics(folder) for folder in folders]
-    free = {"seed", "out", "cache_dir", "device", "save_every", "steps"}
+    free = {*FREE, "seed"}
     configs = [{name: value for name, value in header["config"].items() if name not in free} for header, _ in runs]
     differ = [n for n in configs[0] if n != "regime" and any(c.get(n) != configs[0][n] for c in configs)]
     groups = {}
@@ -241,7 +248,7 @@ def series(runs, value):
         y = torch.stack([block.mean(1) for block in y.split(size, dim=1)], dim=1)
         steps = [block.mean().item() for block in torch.tensor(steps, dtype=torch.float64).split(size)]
     n = len(tables)
-    half = T_95[min(n - 2, 9)] * y.std(0) / n**0.5 if n > 1 else torch.full((len(steps),), math.nan)
+    half = T_95[min(n - 2, 9)] * y.std(0) / n**0.5 if n > 1 and steps else torch.full((len(steps),), math.nan)
     return steps, y.mean(0).tolist(), half.tolist()
 
 
@@ -277,24 +284,32 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def draw_lines(axis, groups, value, scale="linear", style="-", color=None):
+    """A line a group of runs with its 95 % band, none where n = 1. Lines that are not solid have no legend."""
+    lines = {name: series(runs, value) for name, runs in groups.items()}
+    drawn = [abs(y) for _, mean, _ in lines.values() for y in mean if y]
+    if drawn and scale != "linear" and style == "-":
+        axis.set_yscale(scale, **({"linthresh": max(drawn) / 30} if scale == "symlog" else {}))
+    colors = {name: color or COLORS.get(name, f"C{i}") for i, name in enumerate(groups)}
+    for name, (steps, mean, _) in lines.items():
+        label = f"{name} (n = {len(groups[name])})" if style == "-" else None
+        axis.plot(steps, mean, style, color=colors[name], label=label, linewidth=1.4)
+    limits = axis.get_ylim()
+    for name, (steps, mean, half) in lines.items():
+        low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+        if style == "-":
+            axis.fill_between(steps, low, high, color=colors[name], alpha=0.15, linewidth=0)
+    if scale != "linear":  # there a band can reach to nowhere
+        axis.set_ylim(limits)
+
+
 def plot(folders, path):
     """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
     plt = pyplot()
     groups = group_runs(folders)
     figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
     for axis, (title, label, value, scale) in zip(axes.flat, PANELS):
-        lines = {name: series(runs, value) for name, runs in groups.items()}
-        drawn = [abs(y) for _, mean, _ in lines.values() for y in mean if y]
-        if drawn and scale != "linear":
-            axis.set_yscale(scale, **({"linthresh": max(drawn) / 30} if scale == "symlog" else {}))
-        for i, (name, (steps, mean, _)) in enumerate(lines.items()):
-            axis.plot(steps, mean, color=f"C{i}", label=f"{name} (n = {len(groups[name])})", linewidth=1.4)
-        limits = axis.get_ylim()
-        for i, (steps, mean, half) in enumerate(lines.values()):
-            low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-            axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        if scale != "linear":  # there a band can reach to nowhere
-            axis.set_ylim(limits)
+        draw_lines(axis, groups, value, scale)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
@@ -318,6 +333,7 @@ VARIANTS = {  # the first is what the others are divided by
     "ce": dict(regime="ce"),
     "policy": dict(regime="policy"),
     "exact": dict(regime="exact"),
+    "exact, half of the blocks": dict(regime="exact", exact_blocks=2),
 }
 PHASES = "rollout score update coefficient log".split()
 GROWTH = {  # the setting that grows, and how
@@ -512,6 +528,688 @@ def plot_growth(growth, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The reproduction: train every regime on several seeds, then draw figures and write tables from what was logged
+
+SETTING = dict(lr=1e-4, eval_k=32, probe_every=5, save_every=25)  # chosen on seeds from 100 on, see .github/RESULTS.md
+SMOKE = dict(task="add,sub", difficulty=1, n_layer=2, pretrain_steps=100, pretrain_batch=64, steps=10)  # --fast
+SMOKE |= dict(prompts_per_step=8, probe_every=2, eval_every=2, eval_problems=4, eval_k=4)
+REPRODUCED = {  # the first is what the others are compared with
+    "detach": dict(regime="detach"),
+    "ce": dict(regime="ce"),
+    "policy": dict(regime="policy"),
+    "occ": dict(regime="occ"),
+    "exact": dict(regime="exact"),
+    "exact-ce": dict(regime="exact", mtp_learn="ce"),
+    "policy-0.1": dict(regime="policy", lam=0.1),
+    "policy-0.2": dict(regime="policy", lam=0.2),
+    "policy-0.5": dict(regime="policy", lam=0.5),
+}
+SWEEP = {0.1: "policy-0.1", 0.2: "policy-0.2", 0.5: "policy-0.5", 1.0: "policy"}
+PROXIES = {
+    "lam_sums": "log-probs (paper)",
+    "lam_ratios": "log-probs (released code)",
+    "lam_hidden": "hidden states",
+    "lam_blocks": "last half of the blocks",
+}
+CHECKPOINTS = (0.1, 0.5, 0.9)  # of a run's length: where `parabola` measures
+LAMBDAS = (-0.5, -0.2, -0.1, 0.0, 0.1, 0.2, 0.5, 1.0)
+
+
+def reproduce(args):
+    """Train the regimes on several seeds; draw the paper's figures, write its tables, and test its claims.
+
+    The claims, each tested over seeds with a 95 % interval (Student's t). One rule, written down before the runs,
+    decides: "reproduced" if the interval lies where the claim says, "not" if it lies elsewhere, else "undecided"; of
+    several intervals, all must lie there, or one elsewhere. Thirds are of training; a score is the mean of avg@k on
+    held-out problems in the last fifth of training.
+
+    H1  ce: the cosine of g and m is within ±0.05; v² of the last third is at least half of that of the first; the score
+        is below detach's.
+    H2  policy, λ = 1: c > 0 in the first third (from split halves), and smaller in the last; v² of the last third is at
+        least half of that of the first; the score rises (middle third above the start), then falls (last third below
+        the middle).
+    H3  occ: λ_t is larger in the first third than in the second and in the last.
+    H4  occ is above detach on every suite, and on their mean.
+    H5  a step of occ takes at most 1.02 times as long as one of detach.
+    H6  occ is above every fixed λ of policy (the paper's Table 2).
+
+    All regimes of a seed start from the same pretrained weights. Finished runs are not repeated, unfinished ones go on;
+    one that breaks down is named, and the others are drawn without it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start, configs = time.perf_counter(), plan(args)
+    failed = train_all(configs, args.jobs)
+    for name, measurement, *what in (
+        ("parabola", parabola, next((c for c in configs if c.regime == "occ"), configs[-1])),
+        ("speed", step_ratios, {}, 2 if args.fast else 15),
+    ):
+        path = Path(args.out) / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(in_new_process(measurement, *what)))
+    draw(args.out)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    print(f"{len(configs) - len(failed)} of {len(configs)} runs in {(time.perf_counter() - start) / 60:.1f} minutes; "
+          f"figures and tables are in {args.out}")  # fmt: skip
+    return 1 if failed else 0
+
+
+def plan(args):
+    """The train.Config of every run, regimes in the order of REPRODUCED. ValueError if a folder holds another run."""
+    train, configs = trainer(), []
+    common = SETTING | (SMOKE if args.fast else {}) | ({"steps": args.steps} if args.steps else {})
+    common |= dict(cache_dir=f"{args.out}/base", device="cpu" if args.fast else "auto")
+    common |= dict(threads=max(train.usable_cores() // args.jobs, 1))
+    for label in (name for name in REPRODUCED if name in args.regimes):
+        for seed in range(args.seeds or (2 if args.fast else 5)):
+            paths = dict(seed=seed, out=f"{args.out}/{label}-s{seed}")
+            configs.append(train.Config(**{**common, **REPRODUCED[label], **paths}))
+            steps_done(configs[-1])
+    return configs
+
+
+def steps_done(cfg):
+    """Steps that the run in cfg.out has made, None if there is no run. ValueError if its settings are others."""
+    if not (Path(cfg.out) / "metrics.jsonl").exists():
+        return None
+    values, ckpt = read_run(cfg.out)
+    for name, value in dataclasses.asdict(cfg).items():
+        if name not in FREE and values.get(name) != value:
+            raise ValueError(f"{cfg.out}: a run with --{name} {values.get(name)}, not {value}: name another --out")
+    return ckpt["step"] if ckpt else 0
+
+
+def train_all(configs, jobs):
+    """Train what is unfinished, `jobs` processes at a time, under one bar. Returns a line for each that broke down.
+
+    First one run of each seed, which pretrains for the others. Ctrl-C lets all of them save.
+    """
+    first = list({cfg.seed: cfg for cfg in reversed(configs)}.values())
+    rest = [cfg for cfg in configs if cfg not in first]
+    processes, failed = [], []
+    with (
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=sum(cfg.steps for cfg in configs), desc="steps of all runs", disable=None) as bar,
+    ):
+        try:
+            for wave in (first, rest):
+                waiting = [pool.submit(train_one, cfg, processes) for cfg in wave]
+                while waiting:
+                    done, waiting = concurrent.futures.wait(waiting, timeout=1, return_when="FIRST_COMPLETED")
+                    failed += [line for future in done if (line := future.result())]
+                    bar.n = sum(lines_logged(cfg) for cfg in configs)
+                    bar.refresh()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise KeyboardInterrupt("; every run has saved; the same command goes on") from None
+    return failed
+
+
+def lines_logged(cfg):
+    path = Path(cfg.out) / "metrics.jsonl"
+    return max(path.read_bytes().count(b"\n") - 2, 0) if path.exists() else 0
+
+
+def train_one(cfg, processes):
+    """Train, or go on, in a process of its own. Returns None, or a line that says what went wrong."""
+    try:
+        done = steps_done(cfg)
+    except ValueError as error:
+        return str(error)
+    if done == cfg.steps:
+        return None
+    flags = [f"--{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
+    if done is not None:
+        flags = ["--resume", cfg.out, "--steps", str(cfg.steps)]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes.append(process)
+    out, error = (text.strip().splitlines() for text in process.communicate())
+    if process.returncode:
+        return f"{cfg.out}: {error[-1] if error else f'exit code {process.returncode}'}"
+    tqdm.write(out[-1])
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What metrics.jsonl cannot tell: the change of J in one step, for many λ
+
+
+def parabola(cfg):
+    """Make the run of cfg once more, and at CHECKPOINTS of it measure what a step with λ in LAMBDAS would do to J."""
+    train, points = trainer(), []
+    learner = train.Learner(cfg, train.set_up(cfg))
+    load_weights(train.pretrained(cfg, learner.tok, learner.device, ()), learner.model, learner.heads)
+    marks, probe = [max(round(share * cfg.steps), 1) for share in CHECKPOINTS], learner.probe
+
+    def probe_and_measure(mb, on_policy):
+        terms, g, m, before = probe(mb, on_policy)
+        points.append({"step": step, **parabola_at(learner, terms, g, m)})
+        return terms, g, m, before
+
+    learner.probe = probe_and_measure
+    for step in tqdm(range(1, marks[-1] + 1), "parabola", disable=None):
+        cfg.probe_every = step if step in marks else 0
+        learner.step(step, train.Clock(learner.device))
+    return points
+
+
+def parabola_at(learner, terms, g, m):
+    """The measured change of J in a step from here along -(g + λ m), losses' gradients, by Adam and by plain gradient.
+
+    J is the expected reward on held-out problems. Samples are drawn once, here; elsewhere they count by their
+    importance ratio r: J' - J = E[(r - 1) A], A the reward minus the mean of the prompt's other samples. So all λ share
+    their random numbers. The plain step is as long as Adam's is at λ = 0, which defines η. L is fitted to steps of ½, 1
+    and 2 times that length along g: J' - J = η <G, g> s - L η² ‖g‖² s²/2, with G the gradient on the held-out samples.
+    Changes are lists [mean, half a 95 % interval over problems], in points of 100; those of λ are differences to λ = 0.
+    """
+    cfg, model, device = learner.cfg, learner.model, learner.device
+    problems = [
+        p for s in rl.suites_of(cfg.task) for p in rl.held_out_problems(s, cfg.difficulty, 2 * cfg.eval_problems)
+    ]
+    generator, before = torch.Generator().manual_seed(1), learner.flat_trunk()
+    samples, _, reward_PG = rl.rollout(
+        model, learner.tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature, generator
+    )
+    adv_B = rl.advantages(reward_PG, "loo").flatten().to(device)
+
+    def logp(model, rows):
+        part = samples.tokens_BT[rows], samples.mask_BT[rows, 1:]
+        return mtp.logprobs(model, None, *part, cfg.temperature, cfg.logp_impl)[0].sum(1)
+
+    def objective(model, rows):
+        return ((logp(model, rows) - old_B[rows]).exp() - 1) * adv_B[rows]
+
+    chunks = torch.arange(len(adv_B)).split(1024)
+    with torch.no_grad():
+        old_B = torch.cat([logp(model, rows) for rows in chunks])
+    at_h = copy.deepcopy(model)
+    G = sum(occ.flat_grad(-objective(at_h, rows).sum() / len(adv_B), list(at_h.parameters())) for rows in chunks)
+
+    @torch.no_grad()
+    def change(delta):  # of J, a number a problem
+        moved = copy.deepcopy(model)
+        torch.nn.utils.vector_to_parameters(before + delta, moved.parameters())
+        return 100 * torch.cat([objective(moved, rows) for rows in chunks]).view(len(problems), -1).mean(1).double()
+
+    def adam(u):
+        moved, optimizer = copy.deepcopy((model, learner.optimizer))
+        optimizer.zero_grad()
+        for p, part in zip(moved.parameters(), u.split([p.numel() for p in moved.parameters()])):
+            p.grad = part.view_as(p).clone()
+        torch.nn.utils.clip_grad_norm_(moved.parameters(), cfg.grad_clip)
+        optimizer.step()
+        return torch.nn.utils.parameters_to_vector(moved.parameters()).detach() - before
+
+    def differences(step_of):
+        alone = change(step_of(0.0))
+        return {
+            "alone": interval(alone.tolist()),
+            "more": [interval((change(step_of(lam)) - alone).tolist()) for lam in LAMBDAS],
+        }
+
+    eta = (adam(g).norm() / g.norm()).item()
+    s = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    along_g = torch.stack([change(-eta * x * g).mean() for x in s.tolist()]) / 100
+    _, bend = torch.linalg.lstsq(torch.stack((s, -s.square()), 1), along_g[:, None]).solution.flatten().tolist()
+    known = {name: terms[f"occ/{name}"] for name in ("c", "v2", "g2", "cos", "lam_star")}
+    return known | {
+        "eta": eta,
+        "L": 2 * bend / (eta**2 * terms["occ/g2"]),
+        "slope_g": occ.inner(G, g).item(),
+        "slope_m": occ.inner(G, m).item(),
+        "adam": differences(lambda lam: adam(g + lam * m)),
+        "plain": differences(lambda lam: -eta * (g + lam * m)),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics over seeds
+
+
+def over_seeds(values):
+    """Mean and half-width of the 95 % interval (Student's t) of one number a seed; nan for one seed."""
+    x = torch.tensor(list(values), dtype=torch.float64)
+    if len(x) < 2:
+        return x.mean().item(), math.nan
+    return x.mean().item(), T_95[min(len(x) - 2, len(T_95) - 1)] * x.std().item() / len(x) ** 0.5
+
+
+def paired(a, b):
+    """{seed: a - b} over the seeds that both have."""
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def ranks(x):
+    """1-based ranks of a list of numbers; equal ones share the mean of theirs."""
+    x = torch.tensor(x, dtype=torch.float64)
+    return ((x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2).double()
+
+
+def pearson(x, y):
+    """Correlation of two lists; nan where one does not vary."""
+    x, y = (v - v.mean() for v in (torch.as_tensor(x).double(), torch.as_tensor(y).double()))
+    return ((x @ y) / (x.norm() * y.norm())).item() if x.norm() * y.norm() > 0 else math.nan
+
+
+def spearman(x, y):
+    return pearson(ranks(x), ranks(y))
+
+
+def in_thirds(records, name):
+    """Means of a logged number over the first, the second and the last third of training."""
+    end, parts = records[-1]["step"], ([], [], [])
+    for r in records:
+        if name in r and r["step"] > 0:
+            parts[min(3 * (r["step"] - 1) // end, 2)].append(r[name])
+    return [sum(part) / len(part) if part else math.nan for part in parts]
+
+
+def final(records, name):
+    """Mean of an evaluation over the last fifth of training."""
+    values = [r[name] for r in records if name in r and r["step"] >= 0.8 * records[-1]["step"]]
+    return sum(values) / len(values)
+
+
+def verdict(intervals, low, high):
+    """Whether all (mean, half) lie within (low, high): "reproduced"; one lies wholly outside: "not"; else undecided."""
+    if not intervals or any(math.isnan(half) for _, half in intervals):
+        return "undecided"
+    if all(low < mean - half and mean + half < high for mean, half in intervals):
+        return "reproduced"
+    return "not" if any(mean + half <= low or mean - half >= high for mean, half in intervals) else "undecided"
+
+
+def claims(runs, speed):
+    """[(claim, quantity, [(mean, half)], n, allowed, verdict)]: the hypotheses of `reproduce`, as far as runs go."""
+    rows = []
+
+    def test(name, quantity, samples, low=-math.inf, high=math.inf):
+        found = [over_seeds(values) for values in samples if values]
+        n = min((len(values) for values in samples), default=0)
+        allowed = (
+            f"above {low:g}" if high == math.inf else f"below {high:g}" if low == -math.inf else f"{low:g} to {high:g}"
+        )
+        rows.append((name, quantity, found, n, allowed, verdict(found, low, high)))
+
+    def each(label, statistic):
+        return [statistic(records) for records in runs.get(label, {}).values()]
+
+    def scores(label, name="eval/score"):
+        return {seed: final(records, name) for seed, records in runs.get(label, {}).items()}
+
+    def halvings(records):
+        early, _, late = in_thirds(records, "occ/v2")
+        return math.log2(late / early)
+
+    def third_by_third(name, a, b):
+        return lambda records: in_thirds(records, name)[a] - in_thirds(records, name)[b]
+
+    def rise(records):
+        return in_thirds(records, "eval/score")[1] - records[0]["eval/score"]
+
+    suites = [name for name in next(iter(next(iter(runs.values())).values()))[0] if name.startswith("eval/")]
+    detach, ours = scores("detach"), scores("occ")
+    test("H1", "ce: cosine of g and m", [each("ce", lambda r: sum(in_thirds(r, "occ/cos")) / 3)], -0.05, 0.05)
+    test("H1", "ce: log2 of v², last third over first", [each("ce", halvings)], -1)
+    test("H1", "ce − detach, points", [list(paired(scores("ce"), detach).values())], high=0)
+    test("H2", "policy: c, first third, split halves", [each("policy", lambda r: in_thirds(r, "occ/c_split")[0])], 0)
+    test("H2", "policy: c, last third − first", [each("policy", third_by_third("occ/c_split", 2, 0))], high=0)
+    test("H2", "policy: log2 of v², last third over first", [each("policy", halvings)], -1)
+    test("H2", "policy: score, middle third − start", [each("policy", rise)], 0)
+    test("H2", "policy: score, last third − middle", [each("policy", third_by_third("eval/score", 2, 1))], high=0)
+    test("H3", "occ: λ_t, first third − second", [each("occ", third_by_third("occ/lam", 0, 1))], 0)
+    test("H3", "occ: λ_t, first third − last", [each("occ", third_by_third("occ/lam", 0, 2))], 0)
+    by_suite = [list(paired(scores("occ", s), scores("detach", s)).values()) for s in suites if s != "eval/score"]
+    test("H4", "occ − detach on each suite, points", by_suite, 0)
+    test("H4", "occ − detach, points", [list(paired(ours, detach).values())], 0)
+    test("H5", "seconds a step, occ / detach", [speed.get("occ", [])], high=1.02)
+    fixed = [list(paired(ours, scores(label)).values()) for label in SWEEP.values() if label in runs]
+    test("H6", "occ − policy with each fixed λ, points", fixed, 0)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures and tables of the reproduction: each is a function that
+# draws and returns the numbers; its docstring is the caption
+
+COLORS = {label: f"C{i}" for i, label in enumerate(REPRODUCED)}
+MAIN = "detach ce policy occ exact exact-ce".split()
+
+
+def finished_runs(out):
+    """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that are as long as the longest of them."""
+    runs = {}
+    for path in sorted(Path(out).glob("*-s*/metrics.jsonl")):
+        label, seed = path.parent.name.rsplit("-s", 1)
+        _, records = read_metrics(path.parent)
+        if label in REPRODUCED and seed.isdigit() and records:
+            runs.setdefault(label, {})[int(seed)] = records
+    length = max((r[-1]["step"] for seeds in runs.values() for r in seeds.values()), default=0)
+    whole = {x: {seed: r for seed, r in runs[x].items() if r[-1]["step"] == length} for x in REPRODUCED if x in runs}
+    return {label: seeds for label, seeds in whole.items() if seeds}
+
+
+def some(runs, labels):
+    """Of the runs, those of some labels, as draw_lines takes them."""
+    return {label: list(runs[label].values()) for label in labels if label in runs}
+
+
+def counts(groups):
+    """For captions: which runs, and how many."""
+    return "Runs: " + ", ".join(f"{label} (n = {len(records)})" for label, records in groups.items()) + "."
+
+
+def lines_of(figure, rows, columns, groups, panels):
+    """One axis a panel (title, label of y, scale, {style: value of a record}); a line a group and style."""
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (title, label, scale, values) in zip(axes, panels):
+        for style, value in values.items():
+            draw_lines(axis, groups, value, scale, style)
+        axis.set(title=title, xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    return axes
+
+
+def logged(name):
+    return lambda record: record.get(name)
+
+
+def draw_scores(figure, runs, extra):
+    """Held-out score (avg@k, points of 100) against steps: mean over seeds, band: 95 % interval (Student's t).
+
+    Look at how far the lines are apart beside the width of their bands.
+    """
+    groups = some(runs, MAIN)
+    lines_of(figure, 1, 1, groups, [("Held-out score", "avg@k, points of 100", "linear", {"-": logged("eval/score")})])
+    ends = ", ".join(f"{label} {cell(over_seeds(final(r, 'eval/score') for r in g))}" for label, g in groups.items())
+    return f"{counts(groups)} Mean of the last fifth of training: {ends}."
+
+
+def draw_terms(figure, runs, extra):
+    """The exact first-order correlation c_t, second-order penalty v_t² and cosine of g and m at probe steps.
+
+    Solid: of a whole minibatch. Dashed: across its halves, without the noise that g and m share (the dashed cosine has
+    the solid one's norms below it). Look at what is left of the correlation in the dashed lines, and at v² of policy.
+    """
+    groups = some(runs, ["ce", "policy", "occ"])
+    split_cos = lambda r: r["occ/c_split"] / (r["occ/g2"] * r["occ/v2"]) ** 0.5 if r.get("occ/v2") else None
+    lines_of(figure, 1, 3, groups, [
+        ("First-order correlation", "c_t = ⟨g, m⟩", "symlog", {"-": logged("occ/c"), "--": logged("occ/c_split")}),
+        ("Second-order penalty", "v_t² = ‖m‖²", "log", {"-": logged("occ/v2"), "--": logged("occ/v2_split")}),
+        ("Cosine of g and m", "c_t / (‖g‖ ‖m‖)", "linear", {"-": logged("occ/cos"), "--": split_cos}),
+    ])  # fmt: skip
+    noise_free = []
+    for label, records in groups.items():
+        sums = [
+            sum(sum(r.get(f"occ/{name}", 0) for r in run) for run in records)
+            for name in ("c_split", "g2_split", "v2_split")
+        ]
+        c, norms = sums[0], max(sums[1], 0) * max(sums[2], 0)
+        noise_free.append(f"{label} {c / norms**0.5:.2f}" if norms > 0 else f"{label} unknown")
+    return f"{counts(groups)} Cosine over whole runs, all three products across halves: {', '.join(noise_free)}."
+
+
+def with_terms(records):
+    """For each probe the two terms of Δ_MTP(λ_t), of its own c, v², λ and η and the mean L of the run's probes."""
+    probes = [r for r in records if "occ/L" in r]
+    L, total_1, total_2, out = sum(r["occ/L"] for r in probes) / max(len(probes), 1), 0.0, 0.0, []
+    for r in probes:
+        lam, c, v2, eta = (r[f"occ/{name}"] for name in ("lam", "c", "v2", "eta"))
+        first, second = occ.delta_mtp(lam, c, 0.0, eta, L), -occ.delta_mtp(lam, 0.0, v2, eta, L)
+        total_1, total_2 = total_1 + first, total_2 + second
+        out.append({"step": r["step"], "first": first, "second": second, "sum_1": total_1, "sum_2": total_2,
+                    "net": total_1 - total_2, "Lη": L * eta})  # fmt: skip
+    return out
+
+
+def draw_decomposition(figure, runs, extra):
+    """The two terms of Δ_MTP(λ_t): solid the first-order term η λ (1 − Lη) c, dashed the second, L η² λ² v²/2.
+
+    Left: of the update at each probe; middle: their sums over the probes so far; right: what is left of the sums.
+    η is the length of Adam's step over ‖g + λ m‖; L is measured: the mean curvature along a run's steps. c is that of
+    the whole minibatch, with the noise that g and m share. Look at which of the two sums is ahead, and when.
+    """
+    groups = {label: [with_terms(r) for r in g] for label, g in some(runs, ["ce", "policy", "occ", "exact"]).items()}
+    lines_of(figure, 1, 3, groups, [
+        ("Terms of Δ_MTP(λ_t), a step", "gain of J", "symlog", {"-": logged("first"), "--": logged("second")}),
+        ("Summed over the probes", "gain of J", "symlog", {"-": logged("sum_1"), "--": logged("sum_2")}),
+        ("Difference of the sums", "gain of J", "symlog", {"-": logged("net")}),
+    ])  # fmt: skip
+    means = [
+        f"{x} {sum(sum(r['Lη'] for r in run) / max(len(run), 1) for run in g) / len(g):.2f}" for x, g in groups.items()
+    ]
+    return f"{counts(groups)} Mean Lη: {', '.join(means)}."
+
+
+def draw_parabola(figure, runs, extra):
+    """What one real step along g + λ m does to J on held-out problems, against the same step with λ = 0.
+
+    Points: measured with the same samples for every λ, weighed by importance ratios (bars: 95 % over problems), for a
+    plain gradient step and for Adam's, at three checkpoints of one run. Lines: the bound with L fitted to measured
+    steps along g; solid with c of the minibatch, dashed with the slope along m from the held-out samples; dotted: λ* of
+    the solid one. Look at where the two part: there, c of the minibatch was noise.
+    """
+    points, said = extra.get("parabola", []), []
+    axes = figure.subplots(1, max(len(points), 1), squeeze=False).flat
+    grid = [LAMBDAS[0] + i * (LAMBDAS[-1] - LAMBDAS[0]) / 100 for i in range(101)]
+    for axis, p in zip(axes, points):
+        for i, kind in enumerate(("plain", "adam")):
+            mean, half = zip(*p[kind]["more"])
+            axis.errorbar(LAMBDAS, mean, half, fmt="o", ms=4, capsize=2, color=f"C{i}", label=f"measured, {kind} step")
+        low, high = axis.get_ylim()
+        eta, L, c, v2 = (p[name] for name in ("eta", "L", "c", "v2"))
+        axis.plot(
+            grid, [100 * occ.delta_mtp(x, c, v2, eta, L) for x in grid], "k-", label="bound, c from the minibatch"
+        )
+        held_out = [100 * (eta * x * p["slope_m"] - L * eta**2 * (x * c + x * x * v2 / 2)) for x in grid]
+        axis.plot(grid, held_out, "k--", label="c from held-out rollouts")
+        lam = occ.lam_star(c, v2, eta, L) if L else math.nan
+        if LAMBDAS[0] < lam < LAMBDAS[-1]:
+            axis.axvline(lam, color="k", linestyle=":", label="λ* of the bound")
+        axis.set(
+            title=f"step {p['step']}",
+            xlabel="λ",
+            ylabel="change of J against λ = 0, points",
+            ylim=(low - (high - low) / 2, high + (high - low) / 2),
+        )
+        axis.grid(alpha=0.3)
+        said.append(f"step {p['step']}: Lη = {L * eta:.2f}, λ* = {lam:.2f}, c/v² = {p['lam_star']:.2f}; RL alone gains "
+                    f"{cell(p['plain']['alone'], 2)} (plain), {cell(p['adam']['alone'], 2)} (Adam)")  # fmt: skip
+    axes[0].legend(fontsize="small")
+    return "One run of occ (n = 1). " + "; ".join(said) + "."
+
+
+def draw_proxies(figure, runs, extra):
+    """What each proxy makes of the probed minibatches of occ, beside λ* = c/v² from exact gradients of the same.
+
+    Left: mean over seeds against steps, band: 95 %. Right: one point a probe. Look at whether the points rise together.
+    The table "proxies" has the correlations for every regime.
+    """
+    groups, titles = some(runs, ["occ"]), []
+    axes = figure.subplots(1, 1 + len(PROXIES)).flat
+    for i, (name, title) in enumerate([("lam_star", "exact λ*"), *PROXIES.items()]):
+        draw_lines(
+            axes[0], dict.fromkeys([title], groups.get("occ", [])), logged(f"occ/{name}"), "symlog", color=f"C{i}"
+        )
+    axes[0].set(title="occ: each proxy and λ*", xlabel="step", ylabel="λ")
+    axes[0].legend(fontsize="small")
+    for i, (axis, (name, title)) in enumerate(zip(axes[1:], PROXIES.items()), 1):
+        points = [
+            (r[f"occ/{name}"], r["occ/lam_star"]) for g in groups.values() for run in g for r in run if "occ/c" in r
+        ]
+        if points:
+            x, y = zip(*points)
+            axis.plot(x, y, ".", color=f"C{i}", ms=3)
+            titles.append(f"{title} {pearson(x, y):.2f} and {spearman(x, y):.2f}")
+        axis.set(title=title, xlabel="λ of the proxy", ylabel="exact λ*")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return f"{counts(groups)} Pearson and Spearman over all probes: {', '.join(titles)}."
+
+
+def draw_speed(figure, runs, extra):
+    """Seconds a step over those of detach, in one process, the regimes taking turns on the same samples.
+
+    Bars: median, with the smallest and the largest. The paper reports 0.995 for OCC and 5.6 for exact gradients.
+    """
+    ratios, axis = extra.get("speed", {}), figure.subplots()
+    middle = {name: statistics.median(r) for name, r in ratios.items()}
+    spread = [[abs(end(r) - middle[name]) for name, r in ratios.items()] for end in (min, max)]
+    axis.bar(list(middle), list(middle.values()), yerr=spread, capsize=3, color="C0")
+    axis.set(title="Seconds a step, over those of detach", ylabel="ratio")
+    axis.grid(alpha=0.3, axis="y")
+    repeats = len(next(iter(ratios.values()), []))
+    return f"n = {repeats} repeats: {', '.join(f'{name} {m:.3f}' for name, m in middle.items())}."
+
+
+def draw_sweep(figure, runs, extra):
+    """Score (last fifth of training) against the fixed λ of policy, beside occ and detach; bars and bands: 95 %.
+
+    The paper's Table 2: there, OCC is above every fixed λ. Look at whether the curve crosses the line of occ.
+    """
+    axis, groups = figure.subplots(), some(runs, [*SWEEP.values(), "occ", "detach"])
+    ends = {label: over_seeds(final(r, "eval/score") for r in g) for label, g in groups.items()}
+    lams = [lam for lam, label in SWEEP.items() if label in ends]
+    mean, half = zip(*(ends[SWEEP[lam]] for lam in lams)) if lams else ([], [])
+    axis.errorbar(
+        lams,
+        mean,
+        [0 if math.isnan(h) else h for h in half],
+        fmt="o-",
+        capsize=3,
+        color=COLORS["policy"],
+        label="policy, fixed λ",
+    )
+    for label in ("occ", "detach"):
+        if label in ends:
+            m, h = ends[label]
+            axis.axhline(m, color=COLORS[label], label=label)
+            if not math.isnan(h):
+                axis.axhspan(m - h, m + h, color=COLORS[label], alpha=0.12)
+    axis.set(title="Fixed λ against OCC", xlabel="λ", ylabel="score, points of 100", xscale="log")
+    axis.legend(fontsize="small")
+    axis.grid(alpha=0.3)
+    return f"{counts(groups)} {', '.join(f'{label} {cell(end)}' for label, end in ends.items())}."
+
+
+def ceiling(cos, lr):
+    """Δ_MTP(λ*) over what RL alone gains, cos² (1 - Lη)²/(Lη (2 - Lη)), from the cosine of g and m and Lη in (0, 1)."""
+    return cos**2 * (1 - lr) ** 2 / (lr * (2 - lr)) if 0 < lr < 1 else math.nan
+
+
+def draw_ceiling(figure, runs, extra):
+    """How much MTP with the best λ could add to a step, in % of what RL alone gains.
+
+    Lines: the ceiling cos² (1 − Lη)²/(Lη (2 − Lη)) of the bound by thirds of training, solid with plain c, dashed with
+    c across halves; means over seeds; missing where Lη is not between 0 and 1. Squares: the largest measured gain over
+    the λ of figure 4 (the best of several, so biased upwards). Look at the order of magnitude.
+    """
+    axis, said, points = figure.subplots(), [], extra.get("parabola", [])
+    groups = some(runs, ["policy", "occ", "exact", "exact-ce"])
+    for label, g in groups.items():
+        thirds = []
+        for third in range(3):
+            mean = {
+                n: sum(in_thirds(r, f"occ/{n}")[third] for r in g) / len(g)
+                for n in ("c", "c_split", "g2", "v2", "L", "eta")
+            }
+            lr = mean["L"] * mean["eta"]
+            norms = (mean["g2"] * mean["v2"]) ** 0.5 or math.nan
+            thirds.append((lr, ceiling(mean["c"] / norms, lr), ceiling(mean["c_split"] / norms, lr)))
+        end = g[0][-1]["step"]
+        x = [end * (i + 0.5) / 3 for i in range(3)]
+        axis.plot(x, [100 * plain for _, plain, _ in thirds], "o-", color=COLORS[label], label=f"{label}: ceiling")
+        axis.plot(x, [100 * split for _, _, split in thirds], "o--", color=COLORS[label])
+        said.append(f"{label}: Lη " + ", ".join(f"{lr:.2f}" for lr, _, _ in thirds))
+    for p in points:
+        gain, half = max(p["plain"]["more"])
+        alone = p["plain"]["alone"][0]
+        if alone > 0:
+            axis.errorbar(p["step"], 100 * gain / alone, 100 * half / alone, fmt="ks", capsize=3)
+            said.append(f"realised at step {p['step']}, best λ: {100 * gain / alone:.1f} ± {100 * half / alone:.1f} %")
+    axis.set(title="What MTP could add to a step", xlabel="step", ylabel="% of what RL alone gains", yscale="symlog")
+    axis.legend(fontsize="small")
+    axis.grid(alpha=0.3)
+    return f"{counts(groups)} {'; '.join(said)}."
+
+
+FIGURES = {
+    "1-scores": draw_scores, "2-terms": draw_terms, "3-decomposition": draw_decomposition, "4-parabola": draw_parabola,
+    "5-proxies": draw_proxies, "6-speed": draw_speed, "7-sweep": draw_sweep, "8-ceiling": draw_ceiling,
+}  # fmt: skip
+
+
+def draw(out):
+    """Every figure with its caption, a sheet of all of them, and every table, from the runs that lie in `out`."""
+    plt, out, runs = pyplot(), Path(out), finished_runs(out)
+    if not runs:
+        raise ValueError(f"{out}: no finished run to draw")
+    extra = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    sheet = plt.figure(figsize=(30, 24), layout="constrained")
+    for (name, function), part in zip(FIGURES.items(), sheet.subfigures(4, 2).flat):
+        figure = plt.figure(figsize=(15, 5), layout="constrained")
+        caption = f"{inspect.getdoc(function)}\n\n{function(figure, runs, extra)}\n"
+        (out / f"{name}.txt").write_text(caption, encoding="utf-8")
+        figure.savefig(out / f"{name}.png", dpi=90)
+        function(part, runs, extra)
+        part.suptitle(f"Figure {name.replace('-', ': ')}")
+    sheet.savefig(out / "figures.png", dpi=60)
+    plt.close("all")
+    write_tables(out, runs, extra)
+
+
+def cell(interval, digits=1):
+    mean, half = interval
+    return f"{mean:.{digits}f} (n = 1)" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def write_tables(out, runs, extra):
+    """scores, differences, claims and proxies, each as Markdown and as CSV."""
+    suites = [name for name in next(iter(next(iter(runs.values())).values()))[0] if name.startswith("eval/")]
+    ends = {
+        label: {s: {seed: final(r, s) for seed, r in seeds.items()} for s in suites} for label, seeds in runs.items()
+    }
+    names = [s.removeprefix("eval/") for s in suites]
+    rows = [[label, len(runs[label]), *(cell(over_seeds(e[s].values())) for s in suites)] for label, e in ends.items()]
+    write_table(out / "scores", ["regime", "n", *names], rows)
+    if "detach" in runs:
+        seeds, rows = sorted(runs["detach"]), []
+        for label in runs:
+            gaps = {s: paired(ends[label][s], ends["detach"][s]) for s in suites}
+            if label != "detach" and gaps["eval/score"]:
+                by_seed = [f"{gaps['eval/score'][x]:+.1f}" if x in gaps["eval/score"] else "" for x in seeds]
+                rows.append([label, *by_seed, *(cell(over_seeds(gaps[s].values())) for s in suites)])
+        write_table(out / "differences", ["regime − detach", *(f"seed {x}" for x in seeds), *names], rows)
+    rows = [[name, what, "; ".join(cell(x, 2) for x in found), n, allowed, said]
+            for name, what, found, n, allowed, said in claims(runs, extra.get("speed", {}))]  # fmt: skip
+    write_table(out / "claims", ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"], rows)
+    rows = []
+    for label, seeds in runs.items():
+        for name, title in PROXIES.items():
+            found = []
+            for records in seeds.values():
+                probes = [(r[f"occ/{name}"], r["occ/lam_star"]) for r in records if "occ/c" in r]
+                if len(probes) > 2:
+                    found.append([f(*zip(*probes)) for f in (pearson, spearman)])
+            if found:
+                rows.append([label, title, len(found), *(cell(over_seeds(x), 2) for x in zip(*found))])
+    write_table(out / "proxies", ["regime", "proxy", "n", "Pearson with λ*", "Spearman with λ*"], rows)
+
+
+def write_table(path, head, rows):
+    lines = [head, *rows]
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows(lines)
+    lines.insert(1, ["---"] * len(head))
+    text = "".join("| " + " | ".join(str(x) for x in line) + " |\n" for line in lines)
+    Path(f"{path}.md").write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -568,8 +1266,18 @@ def parse(argv):
     fast.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="[all]")
     fast.add_argument("--repeats", type=int, default=7, help="steps of each, after one to warm up [7]")
     fast.add_argument("--out", default="out/growth.png", help="picture of growth; empty: none [out/growth.png]")
+    whole = commands.add_parser(
+        "reproduce", help="the paper's figures, tables and claims", description=inspect.getdoc(reproduce)
+    )
+    whole.add_argument("--seeds", type=int, default=0, help="how many: 0 to this - 1 [5; 2 with --fast]")
+    whole.add_argument("--steps", type=int, default=0, help="length of a run [0: as train.py]")
+    whole.add_argument("--regimes", nargs="+", default=list(REPRODUCED), choices=REPRODUCED, help="[all]")
+    whole.add_argument("--jobs", type=int, default=trainer().usable_cores(), help="runs at a time [cores]")
+    whole.add_argument("--fast", action="store_true", help="tiny runs that show nothing but that all of it works")
+    whole.add_argument("--out", default="out/reproduce", help="folder of runs, figures and tables [out/reproduce]")
     args = parser.parse_args(argv)
-    for name, least in (("k", 1), ("problems", 1), ("temperature", 0), ("repeats", 1)):
+    for name in "seeds steps jobs k problems temperature repeats".split():
+        least = 0 if name in ("seeds", "steps", "temperature") else 1
         value = getattr(args, name, least)
         if not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
@@ -583,6 +1291,8 @@ def main(args):
         print("\n".join(score(args.run, args.k, args.temperature, args.problems, torch.device(args.device))))
     elif args.command == "bench":
         bench(args.settings, args.repeats, args.out)
+    elif args.command == "reproduce":
+        return reproduce(args)
     else:
         path = args.out or str(Path(args.run[0]) / "curves.png")
         plot(args.run, path)
@@ -591,4 +1301,4 @@ def main(args):
 
 if __name__ == "__main__":
     with reporting("eval.py"):
-        main(parse(sys.argv[1:]))
+        sys.exit(main(parse(sys.argv[1:])))

@@ -155,7 +155,7 @@ def exact_terms(g, m, lam_plus=1.0):
 
 
 def split_terms(g_a, m_a, g_b, m_b, share=0.5):
-    """c and v² without the noise that g and m share when they come from the same samples.
+    """c, v² and ‖g‖² without the noise that g and m share when they come from the same samples.
 
     The arguments are the contributions of two parts of a minibatch, g = g_a + g_b, the first with `share` of it.
     Products across the parts are of independent estimates, so the mean of <g_a, m_b> is share (1 - share) <E g, E m>;
@@ -163,14 +163,19 @@ def split_terms(g_a, m_a, g_b, m_b, share=0.5):
     """
     across = share * (1 - share)
     c_split = (inner(g_a, m_b) + inner(g_b, m_a)).item() / (2 * across)
-    return {"c_split": c_split, "v2_split": inner(m_a, m_b).item() / across}
+    return {
+        "c_split": c_split,
+        "v2_split": inner(m_a, m_b).item() / across,
+        "g2_split": inner(g_a, g_b).item() / across,
+    }
 
 
-def coefficient(out, trunk, cfg, total=itself):
+def coefficient(out, params, cfg, total=itself):
     """λ of one minibatch by the rule of cfg.regime, with the ĉ and v̂² of its proxy (over tokens, or products at h).
 
     out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states
-    at the door. trunk: its parameters. cfg: regime, lam, lam_plus, occ_proxy, occ_average. total: sums over processes.
+    at the door. params: those of the trunk, or of some blocks, for "exact". cfg: regime, lam, lam_plus, occ_proxy,
+    occ_average. total: sums over processes.
     Only "hidden" and "exact" differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}),
     numbers or tensors of one element.
     """
@@ -181,30 +186,33 @@ def coefficient(out, trunk, cfg, total=itself):
     elif rule == "proxy":
         lam = logprob_coefficient(a, b, cfg.lam_plus, average=cfg.occ_average, total=total)
     elif rule == "exact":
-        g, m = (total(flat_grad(loss, trunk)) for loss in (out.rl, out.mtp))
+        g, m = (total(flat_grad(loss, params)) for loss in (out.rl, out.mtp))
         lam = exact_terms(g, m, cfg.lam_plus)["lam_star"]
     else:
         lam = cfg.lam if rule == "fixed" else 0.0
     return lam, _terms(lam, a, b, total)
 
 
-def probe(parts, trunk, lam_plus=1.0, share=0.5, total=itself):
+def probe(parts, trunk, last_blocks, lam_plus=1.0, share=0.5, total=itself):
     """The exact terms of one minibatch, whatever the regime, and what each proxy makes of it, for the log.
 
     parts: one or two functions, each running the forward of a part of the minibatch with open doors and returning an
-    object as `coefficient` takes it. With two, the first being `share` of it, split_terms too.
+    object as `coefficient` takes it. With two, the first being `share` of it, split_terms too. last_blocks: the
+    parameters of some blocks, to see what their gradients alone would say.
     Returns the terms, and the gradients g and m of the two losses.
     """
-    grads, deltas, at_h = [], [], []
+    grads, deltas, at_h, at_blocks = [], [], [], []
     for run in parts:
         out = run()
         grads.append((total(flat_grad(out.rl, trunk)), total(flat_grad(out.mtp, trunk))))
+        at_blocks.append([total(flat_grad(loss, last_blocks)) for loss in (out.rl, out.mtp)])
         deltas.append((out.delta_rl_N, out.delta_mtp_N))
         at_h.append(tuple(flat_grad(loss, [out.h_BTC]) for loss in (out.rl, out.mtp)))
     g, m = (sum(x) for x in zip(*grads))
     terms = exact_terms(g, m, lam_plus)
     if len(grads) == 2:
         terms |= split_terms(*grads[0], *grads[1], share)
+    terms["lam_blocks"] = exact_terms(*(sum(x) for x in zip(*at_blocks)), lam_plus)["lam_star"]
     delta_rl_N, delta_mtp_N = (torch.cat(x) for x in zip(*deltas))
     terms["lam_hidden"] = hidden_coefficient(*(torch.cat(x) for x in zip(*at_h)), lam_plus, total=total).item()
     for average in ("sums", "ratios"):

@@ -87,6 +87,7 @@ class Config:
     lam_plus: float = 1.0  # scale of lambda_t in the regimes occ and exact
     occ_proxy: Literal["logprob", "hidden"] = "logprob"  # the paper's, or gradients at the hidden states
     occ_average: Literal["sums", "ratios"] = "sums"  # a ratio of sums (paper) or a mean of ratios (released code)
+    exact_blocks: int = 0  # exact: c and v2 of the gradients of this many last blocks; 0: of the whole trunk
     mtp_base: Literal["mtp", "main"] = "mtp"  # old log-prob of the heads: their own, or main (released code)
     mtp_learn: Literal[None, "ce", "policy"] = None  # what the heads learn by, if not by what enters the trunk
     lam_scope: Literal["trunk", "all"] = "trunk"  # what lambda scales; all: also what the heads learn (released code)
@@ -130,7 +131,7 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
 
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high kl_coef "
-        may_be_zero += "vocab_size threads"
+        may_be_zero += "vocab_size threads exact_blocks"
         for f in dataclasses.fields(self):
             value, literals = getattr(self, f.name), get_args(f.type)
             if isinstance(value, str) and literals:
@@ -140,6 +141,7 @@ class Config:
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 zero = f.name in may_be_zero.split()
                 need(f.name, 0 < value < 2**31 or zero and value == 0, "0 or more" if zero else "above 0")
+        need("exact_blocks", self.exact_blocks <= self.n_layer, f"at most n_layer = {self.n_layer}")
         need("careless", self.careless <= 1, "a share from 0 to 1")
         need("difficulty", self.difficulty <= 8, "1 to 8")
         need("n_embd", self.n_embd % (2 * self.n_head) == 0, f"a multiple of 2·n_head = {2 * self.n_head}")
@@ -506,6 +508,8 @@ class Learner:
         self.model, heads = evaluation.build(cfg, self.tok, device)
         self.heads = heads if self.regime.objective else None
         self.trunk, self.phi = list(self.model.parameters()), list(self.heads.parameters()) if self.heads else []
+        last = self.model.blocks[-(cfg.exact_blocks or max(cfg.n_layer // 2, 1)) :]
+        self.last_blocks = list(last.parameters())
         self.optimizer = torch.optim.Adam(self.trunk + self.phi, lr=cfg.lr, fused=True)
         self.reference = None
         hidden = self.regime.rule == "proxy" and cfg.occ_proxy == "hidden"
@@ -519,7 +523,8 @@ class Learner:
     def probe(self, mb, on_policy):
         """What to log of this minibatch, its gradients g and m, and the trunk before the step."""
         passes = [functools.partial(self.forward, half, on_policy, 1.0) for half in mb.halves()]
-        return *occ.probe(passes, self.trunk, self.cfg.lam_plus, mb.half_share, total), self.flat_trunk()
+        terms, g, m = occ.probe(passes, self.trunk, self.last_blocks, self.cfg.lam_plus, mb.half_share, total)
+        return terms, g, m, self.flat_trunk()
 
     def probe_step(self, mb, lam, g, m, before):
         """And of the step that has been made since."""
@@ -553,7 +558,8 @@ class Learner:
             clock("update")
             # 5 coefficient λ_t (from hidden states: in the backward, at the doors)
             if self.heads and not watch:
-                value, terms = occ.coefficient(out, self.trunk, cfg, total)
+                measured = self.last_blocks if cfg.exact_blocks else self.trunk
+                value, terms = occ.coefficient(out, measured, cfg, total)
                 lam.fill_(value)
             clock("coefficient")
             probing = self.heads and mb is parts[-1] and cfg.probe_every and step % cfg.probe_every == 0

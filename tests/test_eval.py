@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def bench(monkeypatch):
     """A benchmark of models small enough for a test, all in this process."""
-    shape = dict(n_layer=1, n_head=2, n_embd=16, prompts_per_step=4, num_generations=2, updates_per_rollout=2)
+    shape = dict(n_layer=2, n_head=2, n_embd=16, prompts_per_step=4, num_generations=2, updates_per_rollout=2)
     monkeypatch.setattr(evaluation, "SETTINGS", {"default": dict(device="cpu", **shape)})
     monkeypatch.setattr(evaluation, "GROWTH", {"prompts_per_step": (4, 8), "mtp_depth": (1, 2)})
     monkeypatch.setattr(evaluation, "in_new_process", lambda function, changes, n: function({**shape, **changes}, n))

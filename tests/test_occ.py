@@ -259,10 +259,12 @@ def test_coefficient_of_each_regime():
 
 def test_probe_measures_whole_and_halves():
     model, heads, mb, cfg, objective = setting(False, "sequential", "naive", "policy")
-    trunk = list(model.parameters())
+    trunk, last = list(model.parameters()), list(model.blocks[-1:].parameters())
     run = lambda part: lambda: rl.losses(model, heads, part, rl.ALGOS["dapo"], objective, cfg, False, 1.0)  # noqa: E731
-    (halves, g, m), (whole, *_) = (occ.probe([run(part) for part in parts], trunk) for parts in (mb.halves(), [mb]))
-    for name in "c v2 cos lam_star lam_hidden lam_sums lam_ratios".split():
+    (halves, g, m), (whole, *_) = (
+        occ.probe([run(part) for part in parts], trunk, last) for parts in (mb.halves(), [mb])
+    )
+    for name in "c v2 cos lam_star lam_hidden lam_blocks lam_sums lam_ratios".split():
         name = f"occ/{name}"
         assert halves[name] == pytest.approx(whole[name], rel=1e-3)
     assert "occ/c_split" in halves and "occ/c_split" not in whole
@@ -270,6 +272,8 @@ def test_probe_measures_whole_and_halves():
     torch.testing.assert_close(g, occ.flat_grad(out.rl, trunk), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(m, occ.flat_grad(out.mtp, trunk), rtol=1e-3, atol=1e-6)
     assert halves["occ/c"] == pytest.approx((g @ m).item(), rel=1e-3)
+    a, b = occ.flat_grad(out.rl, last), occ.flat_grad(out.mtp, last)
+    assert halves["occ/lam_blocks"] == pytest.approx((a @ b / (b @ b)).item(), rel=1e-3)
     for proxy, changes in (("sums", {}), ("ratios", dict(occ_average="ratios")), ("hidden", dict(occ_proxy="hidden"))):
         lam, _ = occ.coefficient(out, trunk, SimpleNamespace(**{**vars(cfg), "regime": "occ", **changes}))
         assert halves[f"occ/lam_{proxy}"] == pytest.approx(float(lam), rel=1e-3)
