@@ -1,13 +1,15 @@
 """Statistics against known values; tables and pictures from runs; and the lines that say what is wrong."""
 
+import dataclasses
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLOT
+from conftest import PLOT, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
@@ -208,3 +210,166 @@ def test_memory_peak_sees_what_was_allocated():
     before = evaluation.memory_peak(reset=True)
     torch.ones(2**24).sum()  # 64 MiB, freed again
     assert 60 * 2**20 < evaluation.memory_peak() - before < 200 * 2**20
+
+
+# The reproduction
+
+
+FIXTURE = ROOT / "tests" / "reproduce"  # metrics of small runs, cut down to what is drawn
+
+
+def test_every_figure_and_table_from_the_fixture(tmp_path):
+    shutil.copytree(FIXTURE, tmp_path / "out")
+    evaluation.draw(tmp_path / "out")
+    made = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()} - {"parabola.json", "speed.json"}
+    figures = {f"{name}.{kind}" for name in evaluation.FIGURES for kind in ("png", "txt")}
+    tables = {f"{name}.{kind}" for name in ("scores", "differences", "claims", "proxies") for kind in ("md", "csv")}
+    assert made == figures | tables | {"figures.png"}
+    for name in evaluation.FIGURES:
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+        caption = (tmp_path / "out" / f"{name}.txt").read_text()
+        assert "Look at" in caption or name == "6-speed"
+        assert "n = " in caption and "nan" not in caption
+    claims = (tmp_path / "out" / "claims.csv").read_text().splitlines()
+    assert len(claims) == 1 + 14 and all(line.rsplit(",", 1)[1] in VERDICTS for line in claims[1:])
+    scores = (tmp_path / "out" / "scores.md").read_text().splitlines()
+    assert scores[0] == "| regime | n | score | add | sub |" and scores[2].startswith("| detach | 2 | ")
+
+
+VERDICTS = ("reproduced", "not", "undecided")
+
+
+def test_one_seed_has_no_band_and_says_so(tmp_path):
+    for label in ("detach", "occ"):
+        shutil.copytree(FIXTURE / f"{label}-s0", tmp_path / f"{label}-s0")
+    evaluation.draw(tmp_path)
+    assert "(n = 1)" in (tmp_path / "1-scores.txt").read_text() and "±" not in (tmp_path / "1-scores.txt").read_text()
+    assert "(n = 1)" in (tmp_path / "differences.md").read_text()
+    verdicts = {line.split(" | ")[-1] for line in (tmp_path / "claims.md").read_text().splitlines()[2:]}
+    assert verdicts == {"undecided |"}
+    plt = evaluation.pyplot()
+    axis = plt.figure().subplots()
+    evaluation.draw_lines(axis, {"occ": [[{"step": 1, "x": 1.0}, {"step": 2, "x": 3.0}]]}, lambda r: r["x"])
+    (band,) = axis.collections
+    assert all(math.isnan(y) or len(path.vertices) == 0 for path in band.get_paths() for _, y in path.vertices)
+
+
+def test_an_unfinished_run_is_left_out(tmp_path):
+    for label in ("detach", "occ"):
+        shutil.copytree(FIXTURE / f"{label}-s0", tmp_path / f"{label}-s0")
+    path = tmp_path / "occ-s0" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert list(evaluation.finished_runs(tmp_path)) == ["detach"]
+    with pytest.raises(ValueError, match="no finished run to draw"):
+        evaluation.draw(tmp_path / "detach-s0")
+
+
+def test_statistics_over_seeds():
+    mean, half = evaluation.over_seeds([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * 2.5**0.5 / 5**0.5, rel=2e-3)
+    mean, half = evaluation.over_seeds([7.0])
+    assert mean == 7 and math.isnan(half)
+    assert evaluation.paired({0: 3.0, 1: 5.0, 7: 1.0}, {1: 1.0, 0: 2.0, 2: 9.0}) == {0: 1.0, 1: 4.0}
+
+
+def test_correlations():
+    assert evaluation.ranks([10.0, 30.0, 20.0, 20.0]).tolist() == [1, 4, 2.5, 2.5]
+    x = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert evaluation.spearman(x, [y**3 for y in x]) == pytest.approx(1) > evaluation.pearson(x, [y**3 for y in x])
+    assert evaluation.spearman(x, [5.0, 6.0, 7.0, 8.0, 7.0]) == pytest.approx(0.8208, abs=1e-4)  # a textbook's ties
+    assert evaluation.pearson(x, [5.0, 4.0, 3.0, 2.0, 1.0]) == pytest.approx(-1)
+    assert math.isnan(evaluation.pearson(x, [1.0] * 5))
+
+
+@pytest.mark.parametrize(
+    "intervals, expected",
+    [
+        ([(1.0, 0.5)], "reproduced"),
+        ([(1.0, 1.5)], "undecided"),
+        ([(-1.0, 0.5)], "not"),
+        ([(1.0, 0.5), (2.0, 3.0)], "undecided"),
+        ([(1.0, 0.5), (-2.0, 1.0)], "not"),
+        ([(1.0, math.nan)], "undecided"),
+        ([], "undecided"),
+    ],
+)
+def test_verdict(intervals, expected):
+    assert evaluation.verdict(intervals, 0, math.inf) == expected
+
+
+def run_of(scores, **logged):
+    """Records of a run of 9 steps: a score each, and constants or lists."""
+    values = {f"occ/{name}": v if isinstance(v, list) else [v] * 9 for name, v in logged.items()}
+    return [{"step": 0, "eval/score": scores[0], "eval/add": scores[0]}] + [
+        {"step": i + 1, "eval/score": s, "eval/add": s, **{name: v[i] for name, v in values.items()}}
+        for i, s in enumerate(scores[1:])
+    ]
+
+
+def test_claims_are_decided_by_their_rules():
+    falls, steady = [0.3] * 3 + [0.1] * 3 + [0.01] * 3, [0.5] * 9
+    runs = {"detach": {}, "ce": {}, "policy": {}, "occ": {}, "policy-0.1": {}}
+    for seed in range(4):
+        e = 0.1 * seed  # differences between seeds that pairing removes
+        runs["detach"][seed] = run_of([10 + e] + [50 + e] * 9)
+        runs["ce"][seed] = run_of([10 + e] + [40 + 1.5 * e] * 9, cos=0.01 + e / 100, v2=2 + e, c_split=0.0)
+        scores = [10 + e] + [20 + e] * 3 + [45 + e] * 3 + [30 + 2 * e] * 3
+        runs["policy"][seed] = run_of(scores, c_split=[x + e / 10 for x in falls], v2=[1.0] * 3 + [2.0 + e] * 6)
+        runs["occ"][seed] = run_of([10 + e] + [53 + 1.5 * e] * 9, lam=[x * (1 + e) for x in falls])
+        runs["policy-0.1"][seed] = run_of([10 + e] + [52 + 1.4 * e] * 9)
+    rows = evaluation.claims(runs, {"occ": [1.00, 1.01, 1.00, 1.005]})
+    assert [row[-1] for row in rows] == ["reproduced"] * len(rows)
+    assert [(name, n) for name, _, _, n, _, _ in rows if name in ("H1", "H5")] == [("H1", 4)] * 3 + [("H5", 4)]
+    runs["occ"] = {seed: run_of([10.0] + [45.0 + seed / 10] * 9, lam=steady) for seed in range(4)}
+    worse = {row[1]: row[-1] for row in evaluation.claims(runs, {"occ": [1.2, 1.3, 1.25]})}
+    assert worse["occ − detach, points"] == worse["occ − detach on each suite, points"] == "not"
+    assert worse["seconds a step, occ / detach"] == "not" and worse["occ: λ_t, first third − last"] == "not"
+
+
+def test_the_ceiling_is_the_bound_at_its_best_lambda():
+    """Δ_MTP(λ*) over η ‖g‖² (1 - Lη/2), the bound's gain of RL alone."""
+    c, v2, g2, eta, L = 0.3, 4.0, 0.5, 0.2, 1.5
+    best = occ.delta_mtp(occ.lam_star(c, v2, eta, L), c, v2, eta, L)
+    expected = best / (eta * g2 * (1 - L * eta / 2))
+    assert evaluation.ceiling(c / (v2 * g2) ** 0.5, L * eta) == pytest.approx(expected)
+    assert evaluation.ceiling(1.0, 1 - 1e-12) == pytest.approx(0) and math.isnan(evaluation.ceiling(0.5, 1.5))
+
+
+def test_terms_of_the_decomposition_use_the_mean_curvature_of_the_run():
+    probes = [
+        {"step": s, "occ/lam": 0.5, "occ/c": 2.0, "occ/v2": 4.0, "occ/eta": 0.1, "occ/L": L}
+        for s, L in ((2, 1.0), (4, 3.0))
+    ]
+    first, second = evaluation.with_terms([{"step": 1}, *probes])
+    assert first["first"] == pytest.approx(0.1 * 0.5 * (1 - 0.2) * 2) and first["second"] == pytest.approx(0.01)
+    assert second["net"] == pytest.approx(2 * (first["first"] - first["second"])) and second["step"] == 4
+
+
+def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
+    """The smoke version, from the shell: all files are there. Then a run is cut short and another one broken."""
+    out = tmp_path / "out"
+    command = ["reproduce", "--fast", "--seeds", "1", "--regimes", "detach", "occ", "ce", "--out", str(out)]
+    args = evaluation.parse(command)
+    (half,) = [cfg for cfg in evaluation.plan(args) if cfg.regime == "occ"]
+    assert evaluation.train_one(dataclasses.replace(half, steps=5), []) is None  # as if killed after half of its steps
+    began = (out / "occ-s0" / "metrics.jsonl").read_text()
+    (out / "ce-s0").mkdir()
+    (out / "ce-s0" / "ckpt.pt").touch()  # another program's file: train.py refuses the folder
+    assert evaluation.main(args) == 1
+    err = capsys.readouterr().err
+    assert "failed:" in err and "ce-s0: has a ckpt.pt" in err
+    whole = (out / "occ-s0" / "metrics.jsonl").read_text()
+    assert whole.startswith(began) and len(whole.splitlines()) == 2 + 10
+    assert {p.stem for p in out.glob("*.png")} == {*evaluation.FIGURES, "figures"}
+    probes = [json.loads(line) for line in whole.splitlines() if "occ/c" in line]
+    assert len(probes) == 5 and all(math.isfinite(r["occ/L"]) and r["occ/eta"] > 0 for r in probes)
+    points = json.loads((out / "parabola.json").read_text())
+    assert [p["step"] for p in points] == [1, 5, 9]
+    zero = evaluation.LAMBDAS.index(0.0)
+    assert all(p[kind]["more"][zero] == [0, 0] for p in points for kind in ("plain", "adam"))
+    (out / "ce-s0" / "ckpt.pt").unlink()
+    stamp = (out / "occ-s0" / "metrics.jsonl").stat().st_mtime_ns
+    assert evaluation.main(args) == 0  # nothing is repeated
+    assert (out / "occ-s0" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="detach-s0: a run with --task add,sub, not arithmetic"):
+        evaluation.plan(evaluation.parse([*command[:1], *command[2:]]))
