@@ -625,7 +625,7 @@ def train_all(configs, jobs):
 
     First one run of each seed, which pretrains for the others. Ctrl-C lets all of them save.
     """
-    first = list({cfg.seed: cfg for cfg in reversed(configs)}.values())
+    first = [next(c for c in configs if c.seed == seed) for seed in sorted({c.seed for c in configs})]
     rest = [cfg for cfg in configs if cfg not in first]
     processes, failed = [], []
     with (
@@ -1021,8 +1021,9 @@ def draw_parabola(figure, runs, extra):
         axis.grid(alpha=0.3)
         said.append(f"step {p['step']}: Lη = {L * eta:.2f}, λ* = {lam:.2f}, c/v² = {p['lam_star']:.2f}; RL alone gains "
                     f"{cell(p['plain']['alone'], 2)} (plain), {cell(p['adam']['alone'], 2)} (Adam)")  # fmt: skip
-    axes[0].legend(fontsize="small")
-    return "One run of occ (n = 1). " + "; ".join(said) + "."
+    if points:
+        axes[0].legend(fontsize="small")
+    return f"Runs: occ (n = {min(len(points), 1)}). {'; '.join(said)}."
 
 
 def draw_proxies(figure, runs, extra):
@@ -1092,7 +1093,7 @@ def draw_sweep(figure, runs, extra):
             axis.axhline(m, color=COLORS[label], label=label)
             if not math.isnan(h):
                 axis.axhspan(m - h, m + h, color=COLORS[label], alpha=0.12)
-    axis.set(title="Fixed λ against OCC", xlabel="λ", ylabel="score, points of 100", xscale="log")
+    axis.set(title="Fixed λ against OCC", xlabel="λ", ylabel="score, points of 100", xscale="log" if lams else "linear")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     return f"{counts(groups)} {', '.join(f'{label} {cell(end)}' for label, end in ends.items())}."

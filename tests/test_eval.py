@@ -275,7 +275,8 @@ def test_statistics_over_seeds():
 def test_correlations():
     assert evaluation.ranks([10.0, 30.0, 20.0, 20.0]).tolist() == [1, 4, 2.5, 2.5]
     x = [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert evaluation.spearman(x, [y**3 for y in x]) == pytest.approx(1) > evaluation.pearson(x, [y**3 for y in x])
+    assert evaluation.spearman(x, [y**3 for y in x]) == pytest.approx(1)
+    assert evaluation.pearson(x, [y**3 for y in x]) < 0.95
     assert evaluation.spearman(x, [5.0, 6.0, 7.0, 8.0, 7.0]) == pytest.approx(0.8208, abs=1e-4)  # a textbook's ties
     assert evaluation.pearson(x, [5.0, 4.0, 3.0, 2.0, 1.0]) == pytest.approx(-1)
     assert math.isnan(evaluation.pearson(x, [1.0] * 5))
@@ -361,7 +362,7 @@ def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
     whole = (out / "occ-s0" / "metrics.jsonl").read_text()
     assert whole.startswith(began) and len(whole.splitlines()) == 2 + 10
     assert {p.stem for p in out.glob("*.png")} == {*evaluation.FIGURES, "figures"}
-    probes = [json.loads(line) for line in whole.splitlines() if "occ/c" in line]
+    probes = [json.loads(line) for line in whole.splitlines() if '"occ/c"' in line]
     assert len(probes) == 5 and all(math.isfinite(r["occ/L"]) and r["occ/eta"] > 0 for r in probes)
     points = json.loads((out / "parabola.json").read_text())
     assert [p["step"] for p in points] == [1, 5, 9]
