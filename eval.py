@@ -19,6 +19,7 @@ import copy
 import csv
 import dataclasses
 import errno
+import functools
 import inspect
 import itertools
 import json
@@ -501,6 +502,114 @@ def step_ratios(setting, repeats):
     for step in tqdm(range(repeats + 1), "regimes", disable=None):
         seconds.append({name: sum(bench_step(learner, step)[0].values()) for name, learner in learners.items()})
     return {name: [s[name] / s[first] for s in seconds[1:]] for name in learners}
+
+
+LOGP_SHAPES = {  # N tokens, C channels, V words
+    "cpu": ((65536, 128, 64), (16384, 128, 1024), (8192, 256, 50304)),
+    "cuda": ((16384, 768, 50304), (32768, 2048, 151936), (65536, 512, 50304)),
+}
+
+
+def logp_peers(device):
+    """{name: f(h, W, targets) -> log-probs}: ours, torch's, and of other libraries those that can be imported."""
+    ours = [name for name in ("naive", "chunked", "triton") if name != "triton" or not mtp.why_no_triton(device.type)]
+    peers = {name: functools.partial(mtp.linear_logp, impl=name) for name in ours}
+    peers["naive, torch.compile"] = torch.compile(peers["naive"])
+    fused, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
+    peers["torch, linear_cross_entropy"] = lambda h, W, t: -fused(h, W, t, reduction="none", options=options)
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):  # 0.8.2 or newer: before, gradients a token were wrong
+            from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as scaled
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            liger = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+            peers["Liger, scaled"] = lambda h, W, t: -scaled.apply(h, W, t)
+            peers["Liger, FLCE none"] = lambda h, W, t: -liger(W, h, t)
+        with contextlib.suppress(ImportError):
+            from cut_cross_entropy import linear_cross_entropy as cce
+
+            peers["CCE, exact"] = lambda h, W, t: -cce(h, W, t, reduction="none", filter_eps=None)
+            peers["CCE, filtered: inexact"] = lambda h, W, t: -cce(h, W, t, reduction="none")
+    return peers
+
+
+def logp_inputs(shape, device):
+    """h, W, targets and a signed upstream gradient a token; of ten tokens one has none."""
+    (N, C, V), generator = shape, torch.Generator(device).manual_seed(0)
+    dtype, new = torch.bfloat16 if device.type == "cuda" else torch.float32, dict(device=device, generator=generator)
+    h, W = torch.randn(N, C, **new), torch.randn(V, C, **new) / C**0.5
+    g = torch.randn(N, **new) * (torch.rand(N, **new) > 0.1)
+    return h.to(dtype).requires_grad_(), W.to(dtype).requires_grad_(), torch.randint(V, (N,), **new), g
+
+
+def logp_pass(f, h, W, targets, g):
+    """Log-probs, and the gradients of h and W."""
+    logp = f(h, W, targets)
+    return logp.detach(), *torch.autograd.grad(logp, (h, W), g.to(logp.dtype))
+
+
+def logp_memory(name, shape):
+    """Bytes that forward and backward need at their peak, beyond inputs and gradients. For a process of its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    f, inputs = logp_peers(device)[name], logp_inputs(shape, device)
+    gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
+    if device.type == "cpu":
+        before = memory_peak(reset=True)
+        logp_pass(f, *inputs)
+        return memory_peak() - before - gradients
+    logp_pass(f, *inputs)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logp_pass(f, *inputs)
+    return torch.cuda.max_memory_allocated() - before - gradients
+
+
+def bench_logp(repeats):
+    """Print how fast log-probs are from hidden states, by our implementations and others', and how far they are off.
+
+    All take turns on the same inputs; the share of the peak counts 8·N·C·V FLOPs, as if all computed logits twice.
+    Errors are the largest of log-probs, and of dh relative to its norm, of 64 tokens against float64.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak, peers, tokens = matmul_peak(device, repeats), logp_peers(device), slice(0, 64)
+    print(f"{device.type}; a large matrix product: {peak / 1e9:.0f} GFLOP/s; medians of {repeats}")
+    head = "with backward, ms | forward, ms | over naive | of the peak | memory, MiB | error of logp | of dh".split(
+        " | "
+    )
+    for shape in LOGP_SHAPES[device.type]:
+        print(f"\n(N, C, V) = {shape}; auto picks {mtp.pick_impl('auto', shape[0], shape[2], device)}\n\n"
+              f"| | {' | '.join(head)} |\n|---|{'---:|' * len(head)}")  # fmt: skip
+        h, W, targets, g = inputs = logp_inputs(shape, device)
+        exact = mtp.linear_logp(h[tokens].double(), W.detach().double(), targets[tokens], impl="naive")
+        (exact_dh,) = torch.autograd.grad(exact, h, g[tokens].double())
+        times, errors, failed = {name: [] for name in peers}, {}, {}
+        for _ in tqdm(range(repeats + 1), str(shape), disable=None):
+            for name, f in peers.items():
+                if name in failed:
+                    continue
+                clock = trainer().Clock(device)
+                try:
+                    logp, dh, _ = logp_pass(f, *inputs)
+                    clock("whole")
+                    with torch.no_grad():
+                        f(h, W, targets)
+                    clock("forward")
+                except RuntimeError as error:  # too little memory, most likely
+                    failed[name] = f"failed: {str(error).splitlines()[0]}"
+                    continue
+                times[name].append((clock.seconds["whole"], clock.seconds["forward"]))
+                off = dh[tokens].double() - exact_dh[tokens].double()
+                errors[name] = (logp[tokens] - exact).abs().max().item(), (off.norm() / exact_dh.double().norm()).item()
+                del logp, dh
+        for name, turns in times.items():
+            if name in failed:
+                print(f"| {name} | {failed[name]} |" + " |" * 6)
+                continue
+            whole, forward = (statistics.median(x) for x in zip(*turns[1:]))
+            ratio = statistics.median(b[0] / a[0] for a, b in zip((times["naive"] or turns)[1:], turns[1:]))
+            memory, share = in_new_process(logp_memory, name, shape) / 2**20, 8 * math.prod(shape) / whole / peak
+            cells = f"{1e3 * whole:.1f} | {1e3 * forward:.1f} | {ratio:.2f} | {100 * share:.0f} % | {memory:.0f}"
+            print(f"| {name} | {cells} | {errors[name][0]:.0e} | {errors[name][1]:.0e} |", flush=True)
 
 
 def plot_growth(growth, path):
@@ -1268,6 +1377,9 @@ def parse(argv):
     fast = commands.add_parser("bench", help="how fast a step is, where its time goes, what the regimes cost")
     fast.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="[all]")
     fast.add_argument("--repeats", type=int, default=7, help="steps of each, after one to warm up [7]")
+    fast.add_argument(
+        "--logp", action="store_true", help="instead: log-probs from hidden states, against other libraries"
+    )
     fast.add_argument("--out", default="out/growth.png", help="picture of growth; empty: none [out/growth.png]")
     whole = commands.add_parser(
         "reproduce", help="the paper's figures, tables and claims", description=inspect.getdoc(reproduce)
@@ -1293,7 +1405,7 @@ def main(args):
     if args.command == "score":
         print("\n".join(score(args.run, args.k, args.temperature, args.problems, torch.device(args.device))))
     elif args.command == "bench":
-        bench(args.settings, args.repeats, args.out)
+        bench_logp(args.repeats) if args.logp else bench(args.settings, args.repeats, args.out)
     elif args.command == "reproduce":
         return reproduce(args)
     else:

@@ -17,6 +17,12 @@ Dimension key: B sequences · T positions · K depth · V vocabulary · C channe
 Differs: rotary positions of depth k are t, not t+k; attention only sees their differences, which are the same.
 """
 
+from __future__ import annotations  # the kernels' name types of Triton, which is imported later
+
+import contextlib
+import functools
+import os
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,6 +32,7 @@ from model import Block
 
 CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32
 AUTO_LOGITS = 2**23  # "auto" is naive up to here: 32 MiB, above which glibc maps and faults in every temporary afresh
+DZ_BYTES = 2**25  # of dz held at a time by impl="triton"
 
 
 class Head(nn.Module):
@@ -94,85 +101,297 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     target_DBT = tokens_BT[:, 1:].expand(mask_DBT.shape)
     logp_DBT = torch.zeros(mask_DBT.shape, device=h_BTC.device)
 
-    def score(rows, weight):
-        h_NC = torch.cat([h[m] for h, m in zip(hiddens[rows], masks[rows])])
-        return linear_logp(h_NC, weight, target_DBT[rows][mask_DBT[rows]], temperature, impl)
-
-    flat_N = score(slice(0, 1), model.lm_head.weight)
-    if heads:
-        flat_N = torch.cat((flat_N, score(slice(1, None), W_heads)))
+    parts = [h[m] for h, m in zip(hiddens, masks)]
+    h_NC = torch.cat(parts)
+    rest = (len(parts[0]), W_heads) if heads else None  # one pass over W; the heads' gradient passes its door
+    flat_N = linear_logp(h_NC, model.lm_head.weight, target_DBT[mask_DBT], temperature, impl, rest)
     logp_DBT = logp_DBT.masked_scatter(mask_DBT, flat_N)
     return logp_DBT[0], logp_DBT[1:], mask_DBT[1:], h_BTC
 
 
-def pick_impl(impl, n_tokens, vocab_size):
+# ----------------------------------------------------------------------------------------------------------------------
+# log softmax(h Wᵀ / temperature)[target], a number a token
+#
+# z_iv = h_i·w_v / T,  lse_i = log Σ_v exp z_iv,  logp_i = z_i,target - lse_i.  With p = exp(z - lse) and any upstream
+# gradient g_i a token, ∂logp_i/∂z_iv = [v = target_i] - p_iv, hence
+#
+#     dz_iv = g_i ([v = target_i] - p_iv) / T        dh = dz W        dW = dzᵀ h
+#
+# "naive" holds z, p and dz, all (N, V), and takes 2·N·C·V FLOPs for z, dh and dW each: 6·N·C·V. The others save h, W,
+# the targets and lse alone, and make z again in the backward, some columns of V at a time: 8·N·C·V FLOPs, a third more,
+# and N·V numbers less of memory, three times over. Bytes that must move: h and W in, dh and dW out, twice with the
+# backward; with C in the hundreds the products outweigh them many times. Rows with g = 0 have no gradient and are left
+# out of the backward: exact, and it saves in proportion. Sums are deterministic: no atomics. Sums over
+# v, and dh and dW over all their terms, are in float32 whatever the dtype of h; p is never rounded before it is used.
+
+
+def pick_impl(impl, n_tokens, vocab_size, device="cpu"):
     """The implementation that runs for N tokens and a vocabulary of V: `impl` itself unless it is "auto"."""
-    return impl if impl != "auto" else "naive" if n_tokens * vocab_size <= AUTO_LOGITS else "chunked"
+    if impl != "auto":
+        return impl
+    if torch.device(device).type == "cuda" and not why_no_triton("cuda"):
+        return "triton"
+    return "naive" if n_tokens * vocab_size <= AUTO_LOGITS else "chunked"
 
 
-def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
+def linear_logp(h, weight, targets, temperature=1.0, impl="auto", rest=None, entropy=False):
     """log softmax(h @ weight.T / temperature)[targets], float32, with exact gradients for any upstream one per token.
 
-    h (..., C), weight (V, C), targets (...) -> logp (...). impl: "naive" holds all (N, V) logits; "chunked" never
-    more than CHUNK_LOGITS of them, and computes them again in the backward; "auto" picks by size (pick_impl).
-    Logits, softmax and gradients are accumulated in float32 whatever the input's dtype. ValueError on another impl.
+    h (..., C), weight (V, C), targets (...) -> logp (...). impl: "naive" holds all (N, V) logits; "chunked" no more
+    than CHUNK_LOGITS of them; "triton" none in the forward, and some columns in the backward; "auto" picks (pick_impl).
+    rest: (n, weight_rest): rows from n on are scored by weight_rest, the same numbers as weight, and what they say
+    about the weight becomes its gradient: one pass over W, two gradients. h then is (N, C). entropy: return (logp,
+    entropy) instead, the latter (...) in nats and without a gradient. ValueError on an impl that cannot run here.
     """
-    impl = pick_impl(impl, targets.numel(), weight.size(0))
-    if impl not in ("naive", "chunked"):
-        raise ValueError(f"impl: {impl!r} is not available here; allowed: auto, naive, chunked")
+    impl = pick_impl(impl, targets.numel(), weight.size(0), h.device)
+    if impl not in ("naive", "chunked", "triton"):
+        raise ValueError(f"impl: {impl!r} is unknown; allowed: auto, naive, chunked, triton")
+    if impl == "triton" and (why := why_no_triton(h.device.type)):
+        raise ValueError(f"impl: 'triton' cannot run here: {why}; allowed: auto, naive, chunked")
+    split, weight_rest = rest or (targets.numel(), weight)
     with torch.autocast(h.device.type, enabled=False):
         h_NC, target_N = h.reshape(-1, h.size(-1)), targets.reshape(-1)
-        if impl == "chunked":
-            return ChunkedLogp.apply(h_NC, weight, target_N, temperature).view(targets.shape)
-        z_NV = F.linear(_float(h_NC), _float(weight)) / temperature
-        return F.log_softmax(z_NV, dim=-1).gather(-1, target_N[:, None]).view(targets.shape)
+        if impl == "naive":
+            z_NV = [F.linear(_float(rows), _float(W)) / temperature
+                    for rows, W in ((h_NC[:split], weight), (h_NC[split:], weight_rest))]  # fmt: skip
+            log_p_NV = torch.cat(z_NV).log_softmax(-1) if rest else z_NV[0].log_softmax(-1)
+            logp_N, entropy_N = log_p_NV.gather(-1, target_N[:, None]), None
+            if entropy:
+                entropy_N = -(log_p_NV.exp() * log_p_NV).detach().sum(-1)
+        else:
+            logp_N, entropy_N = RecomputedLogp.apply(
+                h_NC, weight, weight_rest, split, target_N, temperature, impl, entropy
+            )
+    logp = logp_N.view(targets.shape)
+    return (logp, entropy_N.view(targets.shape)) if entropy else logp
 
 
 def _float(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-class ChunkedLogp(torch.autograd.Function):
-    """z = h Wᵀ / temperature; logp_i = z_i[target_i] - logsumexp(z_i). With p = softmax(z) and upstream g_i per token:
+def _mm(a, b):
+    """a @ b, accumulated and returned in float32 (float64 of float64)."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return _float(a) @ _float(b)
 
-        dz_i = g_i (onehot(target_i) - p_i)        dh = dz W / temperature        dW = dzᵀ h / temperature
 
-    Saved: h, W, targets and one logsumexp a token. FLOPs 8·N·C·V against 6·N·C·V of naive: the logits are made twice.
-    """
+class RecomputedLogp(torch.autograd.Function):
+    """See above for the mathematics. The two implementations differ in who makes the statistics of z, and dz."""
 
     @staticmethod
-    def forward(ctx, h_NC, weight, target_N, temperature):
-        hf, W = _float(h_NC), _float(weight)
-        lse_N, logp_N = hf.new_empty(len(hf)), hf.new_empty(len(hf))
-        for rows, z in ChunkedLogp.chunks(hf, W, temperature):
-            logp_N[rows] = z.gather(-1, target_N[rows, None]).squeeze(-1)
-            top = z.amax(-1, keepdim=True)
-            lse_N[rows] = z.sub_(top).exp_().sum(-1).log_() + top.squeeze(-1)
+    def forward(ctx, h_NC, weight, weight_rest, split, target_N, temperature, impl, entropy):
+        statistics = triton_statistics if impl == "triton" else chunked_statistics
+        lse_N, z_N, mean_z_N = statistics(h_NC, weight, target_N, temperature, entropy)
         ctx.save_for_backward(h_NC, weight, target_N, lse_N)
-        ctx.temperature = temperature
-        return logp_N - lse_N
+        ctx.split, ctx.temperature, ctx.impl, ctx.two = split, temperature, impl, split < len(h_NC)
+        entropy_N = lse_N - mean_z_N
+        ctx.mark_non_differentiable(entropy_N)
+        return z_N - lse_N, entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_N):
+    def backward(ctx, g_N, _):
         h_NC, weight, target_N, lse_N = ctx.saved_tensors
-        hf, W = _float(h_NC), _float(weight)
-        dh, dW = torch.empty_like(hf), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        for rows, z in ChunkedLogp.chunks(hf, W, ctx.temperature):
-            g = g_N[rows, None] / ctx.temperature
-            dz = z.sub_(lse_N[rows, None]).exp_().mul_(-g)
-            dz.scatter_add_(-1, target_N[rows, None], g)
-            torch.mm(dz, W, out=dh[rows])
-            if dW is not None:
-                dW.addmm_(dz.T, hf[rows])
-        return dh.type_as(h_NC), None if dW is None else dW.type_as(weight), None, None
+        rows = g_N.nonzero().squeeze(1)  # the one number that a GPU's host has to wait for
+        h_RC, target_R, lse_R, g_R = (x[rows] for x in (h_NC, target_N, lse_N, g_N))
+        split = int((rows < ctx.split).sum())
+        wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2] and ctx.two
+        dWs = [torch.empty_like(weight) if yes else None for yes in wanted]
+        dh_RC = torch.zeros_like(_float(h_RC))
+        dz_of = triton_dz if ctx.impl == "triton" else chunked_dz
+        for columns, dz in dz_of(h_RC, weight, target_R, lse_R, g_R / ctx.temperature, ctx.temperature):
+            dh_RC += _mm(dz, weight[columns].to(dz.dtype))
+            for part, dW in zip((slice(0, split), slice(split, None)), dWs):
+                if dW is not None:
+                    dW[columns] = _mm(dz[part].T, h_RC[part].to(dz.dtype))
+        dh_NC = torch.zeros_like(h_NC).index_copy_(0, rows, dh_RC.type_as(h_NC))
+        return dh_NC, *dWs, None, None, None, None, None
 
-    @staticmethod
-    def chunks(hf, W, temperature):
-        """(rows, their logits) for all rows; the logits share one buffer."""
-        size = max(CHUNK_LOGITS // len(W), 1)
-        buffer = hf.new_empty(min(size, len(hf)), len(W))
-        for start in range(0, len(hf), size):
-            rows = slice(start, min(start + size, len(hf)))
-            z = torch.mm(hf[rows], W.T, out=buffer[: rows.stop - start])
-            yield rows, z.div_(temperature)
+
+# "chunked": torch alone. Columns, not rows, are what is cut: each row of dW is then written once.
+
+
+def columns_of(n_tokens, vocab_size, logits):
+    """Slices of the vocabulary for which N rows have about `logits` logits, of 64 columns at least."""
+    width = max(logits // max(n_tokens, 1), 64)
+    return [slice(a, min(a + width, vocab_size)) for a in range(0, vocab_size, width)]
+
+
+def chunked_logits(h_NC, weight, temperature):
+    """(columns, their logits), one chunk after the other in one buffer."""
+    h, chunks = _float(h_NC), columns_of(len(h_NC), len(weight), CHUNK_LOGITS)
+    buffer = h.new_empty(len(h) * (chunks[0].stop - chunks[0].start))
+    for columns in chunks:
+        W = _float(weight[columns])
+        z = buffer[: len(h) * len(W)].view(len(h), len(W))
+        yield columns, torch.addmm(z, h, W.T, beta=0, alpha=1 / temperature, out=z)
+
+
+def at_target(target_N, columns):
+    """For each row the column of its target within a chunk (any, if it is in another), and whether it is in this."""
+    local = target_N - columns.start
+    last = columns.stop - columns.start - 1
+    return local.clamp(0, last)[:, None], (local >= 0) & (local <= last)
+
+
+def chunked_statistics(h_NC, weight, target_N, temperature, entropy):
+    """lse, the target's logit, and (if entropy) the mean logit under p, (N,) each, in one pass: the maximum and the sum
+    of exponentials are those of the columns so far (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+    new = _float(h_NC).new_zeros
+    top_N, sum_N, target_z_N, mean_N = new(len(h_NC)) - torch.inf, new(len(h_NC)), new(len(h_NC)), new(len(h_NC))
+    for columns, z in chunked_logits(h_NC, weight, temperature):
+        local, here = at_target(target_N, columns)
+        target_z_N += torch.where(here, z.gather(1, local).squeeze(1), 0)
+        top = torch.maximum(top_N, z.amax(1))
+        shrink = (top_N - top).exp_()
+        shifted = z.sub_(top[:, None])
+        e = shifted.exp() if entropy else shifted.exp_()
+        if entropy:
+            mean_N = mean_N * shrink + (e * shifted).sum(1) + top * e.sum(1)
+        sum_N, top_N = sum_N * shrink + e.sum(1), top
+    return top_N + sum_N.log(), target_z_N, mean_N / sum_N
+
+
+def chunked_dz(h_RC, weight, target_R, lse_R, g_R, temperature):
+    """(columns, dz) of all columns; g_R is the upstream gradient over the temperature."""
+    for columns, z in chunked_logits(h_RC, weight, temperature):
+        local, here = at_target(target_R, columns)
+        dz = z.sub_(lse_R[:, None]).exp_().mul_(-g_R[:, None])
+        yield columns, dz.scatter_add_(1, local, (g_R * here)[:, None])
+
+
+# "triton": the same on a GPU, logits in registers. Triton comes with torch's CUDA wheels and is imported when it is
+# first needed; its compiler, or its interpreter (TRITON_INTERPRET=1), then takes the place of these three functions.
+
+tl = None  # triton.language
+TILE = dict(ROWS=128, COLUMNS=128, CHANNELS=64)  # of a program; on sm_90 no register spills, and tensor cores are used
+LAUNCH = dict(num_warps=8, num_stages=4)
+PROGRAMS = 264  # at least, so that few rows fill a GPU too: their columns are then split
+
+
+def logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST: tl.constexpr, CHANNELS: tl.constexpr):
+    """Logits of some rows and columns, accumulated in float32; columns from `end` on are -inf."""
+    z = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for first in range(0, C, CHANNELS):
+        c = first + tl.arange(0, CHANNELS)
+        a = tl.load(h + rows.to(tl.int64)[:, None] * C + c, (rows < N)[:, None] & (c < C), 0.0)
+        b = tl.load(W + columns.to(tl.int64)[:, None] * C + c, (columns < end)[:, None] & (c < C), 0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        z = tl.dot(a, tl.trans(b), z, input_precision="ieee")
+    return tl.where(columns < end, z * scale, -float("inf"))
+
+
+def statistics_kernel(h, W, target, out, N, C, V, width, scale, ENTROPY: tl.constexpr, UPCAST: tl.constexpr,
+                      ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    """Of a tile of rows and a split of the columns: maximum, sum of exponentials, target's logit, sum of e·z."""
+    tiles = tl.cdiv(N, ROWS)
+    split = tl.program_id(0) // tiles
+    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    wanted = tl.load(target + rows, rows < N, -1)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total, target_z, mean = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    end = tl.minimum(split * width + width, V)
+    for first in range(split * width, end, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        z = logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST, CHANNELS)
+        target_z += tl.sum(tl.where(columns[None, :] == wanted[:, None], z, 0.0), 1)
+        higher = tl.maximum(top, tl.max(z, 1))
+        e, shrink = tl.exp(z - higher[:, None]), tl.exp(top - higher)
+        total = total * shrink + tl.sum(e, 1)
+        if ENTROPY:
+            mean = mean * shrink + tl.sum(tl.where(columns[None, :] < end, e * z, 0.0), 1)
+        top = higher
+    at = out + split.to(tl.int64) * 4 * N + rows
+    tl.store(at, top, rows < N)
+    tl.store(at + N, total, rows < N)
+    tl.store(at + 2 * N, target_z, rows < N)
+    tl.store(at + 3 * N, mean, rows < N)
+
+
+def dz_kernel(h, W, target, lse, g, dz, N, C, start, end, scale, UPCAST: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+    """dz of a tile, in columns from `start` to `end` of the vocabulary."""
+    tiles = tl.cdiv(N, ROWS)
+    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    columns = start + tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)
+    z = logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST, CHANNELS)
+    wanted, lse_R, g_R = (
+        tl.load(target + rows, rows < N, -1),
+        tl.load(lse + rows, rows < N),
+        tl.load(g + rows, rows < N),
+    )
+    p = tl.exp(z - lse_R[:, None])
+    out = tl.where(columns[None, :] == wanted[:, None], 1.0 - p, -p) * g_R[:, None]
+    at = dz + rows.to(tl.int64)[:, None] * (end - start) + (columns - start)[None, :]
+    tl.store(at, out.to(dz.dtype.element_ty), (rows < N)[:, None] & (columns < end)[None, :])
+
+
+@functools.cache
+def kernels():
+    """(statistics_kernel, dz_kernel) for Triton. ImportError where it is not installed."""
+    global tl, logits_tile
+    import triton
+    import triton.language as tl
+
+    logits_tile = triton.jit(logits_tile)
+    return triton.jit(statistics_kernel), triton.jit(dz_kernel)
+
+
+def interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_no_triton(device):
+    """Why impl="triton" cannot run for tensors on a device: "" if it can."""
+    if device != "cuda" and not interpreted():
+        return f"tensors are on the {device}, not on cuda"
+    try:
+        kernels()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return ""
+
+
+def launch(kernel, programs, h_NC, *args, **flags):
+    """Run a kernel on so many programs. Its interpreter multiplies bfloat16 wrongly: there, tiles are upcast first."""
+    where = torch.cuda.device(h_NC.device) if h_NC.is_cuda else contextlib.nullcontext()
+    with where:
+        kernel[(programs,)](h_NC, *args, UPCAST=interpreted(), **flags, **TILE, **LAUNCH)
+
+
+def triton_statistics(h_NC, weight, target_N, temperature, entropy):
+    """As chunked_statistics. Splits of the columns are merged here, in a fixed order."""
+    (N, C), V = h_NC.shape, len(weight)
+    if N == 0:
+        return torch.zeros(3, 0, device=h_NC.device)
+    tiles = -(-N // TILE["ROWS"])
+    pieces = -(-V // TILE["COLUMNS"])
+    width = -(-pieces // min(-(-PROGRAMS // tiles), pieces)) * TILE["COLUMNS"]
+    splits = -(-V // width)
+    out = torch.empty(splits, 4, N, device=h_NC.device)
+    h, W = h_NC.contiguous(), weight.to(h_NC.dtype).contiguous()
+    launch(
+        kernels()[0], tiles * splits, h, W, target_N.contiguous(), out, N, C, V, width, 1 / temperature, ENTROPY=entropy
+    )
+    top, total, target_z, mean = out.unbind(1)
+    share = (top - top.amax(0)).exp()
+    total_N = (total * share).sum(0)
+    return top.amax(0) + total_N.log(), target_z.sum(0), (mean * share).sum(0) / total_N
+
+
+def triton_dz(h_RC, weight, target_R, lse_R, g_R, temperature):
+    """As chunked_dz, dz in the dtype of h: at most DZ_BYTES of it at a time."""
+    (R, C), h, W = h_RC.shape, h_RC.contiguous(), weight.to(h_RC.dtype).contiguous()
+    chunks = columns_of(R, len(W), DZ_BYTES // h.element_size())
+    buffer = h.new_empty(R * (chunks[0].stop - chunks[0].start))
+    for columns in chunks:
+        n = columns.stop - columns.start
+        dz = buffer[: R * n].view(R, n)
+        programs = -(-R // TILE["ROWS"]) * -(-n // TILE["COLUMNS"])
+        if programs:
+            args = target_R.contiguous(), lse_R, g_R.float(), dz, R, C, columns.start, columns.stop, 1 / temperature
+            launch(kernels()[1], programs, h, W, *args)
+        yield columns, dz

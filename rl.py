@@ -526,8 +526,8 @@ def minibatches(model, heads, samples, adv_B, algo, cfg, reference=None):
         return [], {}
     shares = total(accepted_K) / scored_K.clamp(min=1)
     metrics = {f"mtp/agreement_{k}": value for k, value in enumerate(shares.tolist(), 1)}
-    most = int(parts[0].mask_BT.sum()) * max(K, 1)  # tokens in the larger of an update's two calls
-    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size)
+    most = int(parts[0].counts.sum()) // world()[1]  # tokens of an update's call, or about so many
+    metrics["mtp/logp_impl"] = mtp.pick_impl(cfg.logp_impl, most, model.cfg.vocab_size, adv_B.device)
     return parts, metrics
 
 

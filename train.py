@@ -108,7 +108,7 @@ class Config:
     vocab_size: int = 0  # rows of these matrices; 0: as many as the tokenizer has tokens
     mtp_depth: int = 1  # MTP heads
     mtp_design: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3, or as in Gloeckle et al.
-    logp_impl: Literal["auto", "naive", "chunked"] = "auto"  # how log-probs are computed, see mtp.linear_logp
+    logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # how log-probs are computed, see mtp.linear_logp
     # pretraining
     pretrain_steps: int = 800  # batches of solutions
     pretrain_batch: int = 256  # solutions a batch

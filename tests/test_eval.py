@@ -206,6 +206,24 @@ def test_useful_flops_are_those_that_torch_counts_without_padding_and_attention(
     assert 0.8 * counted.get_total_flops() < useful <= counted.get_total_flops()
 
 
+def test_bench_logp_times_everyone_on_the_same_inputs(capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOGP_SHAPES", {"cpu": ((70, 8, 40),)})
+    monkeypatch.setattr(evaluation, "in_new_process", lambda function, name, shape: 3 * 2**20)
+    monkeypatch.setattr(evaluation, "matmul_peak", lambda device, repeats: 1e12)
+    peers = evaluation.logp_peers(torch.device("cpu"))
+    peers.pop("naive, torch.compile")  # takes long to compile
+    peers["broken"] = lambda h, W, targets: (_ for _ in ()).throw(RuntimeError("out of memory\nand more"))
+    monkeypatch.setattr(evaluation, "logp_peers", lambda device: peers)
+    command("bench", "--logp", "--repeats", "2")
+    out = capsys.readouterr().out
+    assert (
+        "(N, C, V) = (70, 8, 40); auto picks naive" in out and "| broken | failed: out of memory | | | | | | |" in out
+    )
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith(("| naive", "| chunked", "| torch"))]
+    assert len(rows) == 3 and all(float(row[-1]) < 1e-5 and float(row[-2]) < 1e-5 for row in rows)
+    assert float(rows[0][3]) == 1.0
+
+
 def test_memory_peak_sees_what_was_allocated():
     before = evaluation.memory_peak(reset=True)
     torch.ones(2**24).sum()  # 64 MiB, freed again

@@ -1,0 +1,93 @@
+"""The Triton kernels without a GPU: what they compute, by Triton's interpreter, and what they compile to."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import mtp
+
+installed = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+
+
+@installed
+def test_the_kernels_compute_what_they_should():
+    """In a process of its own: the interpreter must be chosen before Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "triton_cases.py")]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 24 and "skipped" not in done.stdout
+
+
+COMPILE = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+sys.path.insert(0, sys.argv[1])
+import mtp
+
+statistics, dz = mtp.kernels()
+i, p = dict.fromkeys, "*bf16"
+inputs = dict(h=p, W=p, target="*i64")
+kernels = {
+    statistics: [dict(inputs, out="*fp32", N="i32", C="i32", V="i32", width="i32", scale="fp32"), dict(ENTROPY=False)],
+    dz: [dict(inputs, lse="*fp32", g="*fp32", dz=p, N="i32", C="i32", start="i32", end="i32", scale="fp32"), {}],
+}
+for kernel, (signature, flags) in kernels.items():
+    constants = {**flags, "UPCAST": False, **mtp.TILE}
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names)
+               if signature[name].startswith("*") or name in ("C", "V", "width", "start")}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=mtp.LAUNCH)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
+        usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+    print(kernel.__name__, re.search(r"STACK:\\d+", usage)[0], "wgmma", compiled.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+@installed
+def test_the_kernels_compile_for_sm_90_without_spills_and_with_tensor_cores(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(script), str(ROOT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.split("\n")[:-1]
+    assert len(lines) == 2
+    for line in lines:
+        assert "STACK:0 " in line and int(line.split()[-1]) > 0, line
+
+
+def test_a_forced_triton_that_cannot_run_says_why(monkeypatch):
+    args = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])
+    with pytest.raises(ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"):
+        mtp.linear_logp(*args, impl="triton")
+
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(mtp, "kernels", missing)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="Triton cannot be imported .No module named 'triton'."):
+        mtp.linear_logp(*args, impl="triton")
+    assert mtp.pick_impl("auto", 1, 300, "cuda") == "naive"  # a fallback, logged as mtp/logp_impl
+    monkeypatch.setattr(mtp, "kernels", lambda: None)
+    assert mtp.pick_impl("auto", 1, 300, "cuda") == "triton"
+
+
+def test_importing_mtp_does_not_import_triton():
+    code = "import sys, mtp; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(ROOT)).returncode == 0
