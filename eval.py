@@ -123,31 +123,34 @@ def load_weights(ckpt, model, heads=None, optimizer=None):
 
 
 def load_run(folder, device):
-    """Config, tokenizer and trunk of a run's last checkpoint."""
+    """Config, tokenizer, trunk and heads (None in regime off) of a run's last checkpoint."""
     values, ckpt = read_run(folder)
     if ckpt is None:
         raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
     cfg = SimpleNamespace(**values)
     try:
         tok = rl.get_tokenizer(cfg.tokenizer)
-        model, _ = build(cfg, tok, device)
+        model, heads = build(cfg, tok, device)
     except AttributeError as error:
         raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
-    load_weights(ckpt, model)
-    return cfg, tok, model
+    heads = heads if ckpt["heads"] else None
+    load_weights(ckpt, model, heads)
+    return cfg, tok, model, heads
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def accuracy(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768):
+def accuracy(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768, spec=None):
     """(number of problems, k) 0/1 results, about `rows` sequences at a time. Same seed, same random numbers."""
     generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
     n = max(rows // G, 1)
     parts = [problems[i : i + n] for i in range(0, len(problems), n)]
     with autocast(model.wte.weight.device):
-        right = [rl.rollout(model, tok, part, G, max_new_tokens, temperature, generator)[2] for part in parts]
+        right = [
+            rl.rollout(model, tok, part, G, max_new_tokens, temperature, generator, False, spec)[2] for part in parts
+        ]
     return torch.cat(right).expand(-1, k)
 
 
@@ -174,16 +177,24 @@ def interval(values):
     return x.mean().item(), 1.96 * (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
-def score(folder, k, temperature, problems_a_suite, device):
-    """The table of a run, as lines of Markdown: a row a suite and one for all, in points of 100."""
-    cfg, tok, model = load_run(folder, device)
-    rows = []
+def score(folder, k, temperature, problems_a_suite, device, speculative=0):
+    """The table of a run, as lines of Markdown: a row a suite and one for all, in points of 100.
+
+    With `speculative` drafts a round the heads draft, and a last line says how many of them were accepted.
+    """
+    cfg, tok, model, heads = load_run(folder, device)
+    rows, spec = [], None
+    if speculative and heads is None:
+        raise ValueError(f"--speculative {speculative}: {folder} has no heads to draft with")
+    if speculative:
+        spec = mtp.Speculator(heads, speculative)
     for suite in rl.suites_of(cfg.task):
         problems = rl.held_out_problems(suite, cfg.difficulty, problems_a_suite)
-        right = accuracy(model, tok, problems, k, cfg.max_new_tokens, temperature).sum(1).int().tolist()
+        right = accuracy(model, tok, problems, k, cfg.max_new_tokens, temperature, spec=spec).sum(1).int().tolist()
         passed = [[100 * pass_at_k(k, c, j) for c in right] for j in shown(k)]
         rows.append((suite, [100 * c / k for c in right], passed))
-    return table(rows, k)
+    said = [", ".join(f"{name} {value:.2f}" for name, value in spec.metrics().items())] if spec else []
+    return table(rows, k) + said
 
 
 def shown(k):
@@ -462,6 +473,34 @@ def cache_speedup(repeats=7):
     return ratios[1:]
 
 
+def speculation(repeats):
+    """Lines of Markdown: both clocks of speculative sampling, of the default base after pretraining.
+
+    Tokens a pass of the trunk, and seconds over those of plain sampling, in turn: median (smallest to largest).
+    """
+    train, learner = trainer(), bench_learner(SETTINGS["default"])
+    cfg, model, heads = learner.cfg, learner.model, learner.heads
+    load_weights(train.pretrained(cfg, learner.tok, learner.device, ()), model, heads)
+    stream = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
+    prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(stream, cfg.prompts_per_step)]
+    lines = ["| prompts x samples | drafts a round | tokens a call | seconds over plain |", "|---|---:|---:|---:|"]
+    for some, G in ((prompts, cfg.num_generations), (prompts[:4], 1)):
+        shape = some, G, cfg.max_new_tokens, learner.tok.eot_token, 1.0
+        numbers, u = (len(some) * G, cfg.max_new_tokens), torch.Generator().manual_seed(0)
+        for drafts in (1, 2, 3):
+            spec, ratios = mtp.Speculator(heads, drafts), []
+            for _ in range(repeats + 1):
+                plain = timed(lambda: generate(model, *shape, torch.rand(*numbers, generator=u)), learner.device)
+                drafted = timed(
+                    lambda: spec.generate(model, *shape, torch.rand(*numbers, 3, generator=u)), learner.device
+                )
+                ratios.append(drafted / plain)
+            ratios, calls = ratios[1:], spec.metrics()["spec/tokens_per_call"]
+            cells = f"{calls:.2f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(f"| {len(some)} x {G} | {drafts} | {cells} |")
+    return lines
+
+
 def bench(settings, repeats, picture):
     """Print how fast a step is and where its time goes; draw how time and memory grow. Lines of Markdown."""
     if picture:
@@ -487,6 +526,8 @@ def bench(settings, repeats, picture):
     ratios = cache_speedup(repeats)
     print(f"\nSampling 48 tokens with the KV cache, times as fast as without: {statistics.median(ratios):.1f} "
           f"({min(ratios):.1f} to {max(ratios):.1f})", flush=True)  # fmt: skip
+    print("\nSpeculative sampling: passes of the trunk, and the clock on the wall\n")
+    print("\n".join(speculation(repeats)), flush=True)
     if picture:
         growth = {
             name: [in_new_process(measure, {name: value}, 3) for value in values] for name, values in GROWTH.items()
@@ -1249,9 +1290,31 @@ def draw_ceiling(figure, runs, extra):
     return f"{counts(groups)} {'; '.join(said)}."
 
 
+def draw_drafter(figure, runs, extra):
+    """Share of the sampled tokens that a speculative sampler drafting from head 1 would accept (mean of min(1, q/p)).
+
+    Left: against steps, mean over seeds, band: 95 %. Right: against the entropy of the policy, nats a token, a point a
+    step, mean over seeds. Look at which regimes keep their drafter, and whether entropy alone explains it.
+    """
+    groups, ends = some(runs, MAIN), []
+    axes = figure.subplots(1, 2)
+    draw_lines(axes[0], groups, logged("mtp/agreement_1"))
+    for label, g in groups.items():
+        (_, x, _), (_, y, _) = (series(g, logged(name)) for name in ("actor/entropy", "mtp/agreement_1"))
+        axes[1].plot(x, y, ".-", color=COLORS[label], linewidth=0.5)
+        ends.append(f"{label} {cell(over_seeds(in_thirds(r, 'mtp/agreement_1')[2] for r in g), 2)}")
+    axes[0].set(title="Head 1 as a drafter", xlabel="step", ylabel="share of tokens accepted", ylim=(0, 1))
+    axes[1].set(title="and the entropy of the policy", xlabel="entropy, nats a token", ylim=(0, 1))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    return f"{counts(groups)} Mean of the last third of training: {', '.join(ends)}."
+
+
 FIGURES = {
     "1-scores": draw_scores, "2-terms": draw_terms, "3-decomposition": draw_decomposition, "4-parabola": draw_parabola,
     "5-proxies": draw_proxies, "6-speed": draw_speed, "7-sweep": draw_sweep, "8-ceiling": draw_ceiling,
+    "9-drafter": draw_drafter,
 }  # fmt: skip
 
 
@@ -1261,8 +1324,8 @@ def draw(out):
     if not runs:
         raise ValueError(f"{out}: no finished run to draw")
     extra = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
-    sheet = plt.figure(figsize=(30, 24), layout="constrained")
-    for (name, function), part in zip(FIGURES.items(), sheet.subfigures(4, 2).flat):
+    sheet = plt.figure(figsize=(30, 30), layout="constrained")
+    for (name, function), part in zip(FIGURES.items(), sheet.subfigures(5, 2).flat):
         figure = plt.figure(figsize=(15, 5), layout="constrained")
         caption = f"{inspect.getdoc(function)}\n\n{function(figure, runs, extra)}\n"
         (out / f"{name}.txt").write_text(caption, encoding="utf-8")
@@ -1370,6 +1433,7 @@ def parse(argv):
     one.add_argument("--k", type=int, default=32, help="samples a problem [32]")
     one.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [1.0]")
     one.add_argument("--problems", type=int, default=64, help="held-out problems a suite, at most [64]")
+    one.add_argument("--speculative", type=int, default=0, help="tokens a round that the heads draft; 0: none [0]")
     one.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     many = commands.add_parser("plot", help="curves of runs in one picture")
     many.add_argument("run", nargs="+", help="folders of runs")
@@ -1391,8 +1455,8 @@ def parse(argv):
     whole.add_argument("--fast", action="store_true", help="tiny runs that show nothing but that all of it works")
     whole.add_argument("--out", default="out/reproduce", help="folder of runs, figures and tables [out/reproduce]")
     args = parser.parse_args(argv)
-    for name in "seeds steps jobs k problems temperature repeats".split():
-        least = 0 if name in ("seeds", "steps", "temperature") else 1
+    for name in "seeds steps jobs k problems temperature repeats speculative".split():
+        least = 0 if name in ("seeds", "steps", "temperature", "speculative") else 1
         value = getattr(args, name, least)
         if not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
@@ -1403,7 +1467,11 @@ def parse(argv):
 
 def main(args):
     if args.command == "score":
-        print("\n".join(score(args.run, args.k, args.temperature, args.problems, torch.device(args.device))))
+        print(
+            "\n".join(
+                score(args.run, args.k, args.temperature, args.problems, torch.device(args.device), args.speculative)
+            )
+        )
     elif args.command == "bench":
         bench_logp(args.repeats) if args.logp else bench(args.settings, args.repeats, args.out)
     elif args.command == "reproduce":

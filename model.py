@@ -210,6 +210,19 @@ def choose(logits_BV, temperature, u_B):
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 
+def read_prompts(model, prompts, max_new_tokens):
+    """Prompts, right-padded, with their lengths, hidden states (P, T, C) and KVCache. ValueError if they do not fit."""
+    prompt_PT, length_P = pad(prompts, model.wte.weight.device)
+    device, longest, size = prompt_PT.device, prompt_PT.size(1), model.cfg.block_size
+    if longest + max_new_tokens > size:
+        both = f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} = {longest + max_new_tokens}"
+        raise ValueError(f"{both} exceeds block_size {size}")
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    cache = KVCache(model.cfg, len(prompts), longest, device, dtype)
+    h_PTC = model.hidden(prompt_PT, cache, torch.arange(longest, device=device).expand_as(prompt_PT), end=longest)
+    return prompt_PT, length_P, h_PTC, cache
+
+
 @torch.no_grad()
 def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, u_BR=None, keep_hidden=False):
     """num_generations samples of each prompt: Samples with B = P·G rows, those of a prompt adjacent.
@@ -219,16 +232,9 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
     device, P, G, R = model.wte.weight.device, len(prompts), num_generations, max_new_tokens
-    prompt_PT, length_P = pad(prompts, device)
+    prompt_PT, length_P, h_PTC, cache = read_prompts(model, prompts, R)
     longest = prompt_PT.size(1)
-    T = longest + R
-    if T > model.cfg.block_size:
-        size = model.cfg.block_size
-        raise ValueError(f"prompt of {longest} tokens + max_new_tokens {R} = {T} exceeds block_size {size}")
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    cache = KVCache(model.cfg, P, longest, device, dtype)
-    h_PTC = model.hidden(prompt_PT, cache, torch.arange(longest, device=device).expand_as(prompt_PT), end=longest)
-    cache.expand(G, T)
+    cache.expand(G, longest + R)
 
     tokens_BT = F.pad(prompt_PT, (0, R)).repeat_interleave(G, 0)
     h_BTC = F.pad(h_PTC, (0, 0, 0, R)).repeat_interleave(G, 0) if keep_hidden else None

@@ -20,6 +20,7 @@ Differs: rotary positions of depth k are t, not t+k; attention only sees their d
 from __future__ import annotations  # the kernels' name types of Triton, which is imported later
 
 import contextlib
+import dataclasses
 import functools
 import os
 
@@ -28,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from model import Block
+from model import COMPACT, Block, KVCache, Samples, choose, read_prompts
 
 CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32
 AUTO_LOGITS = 2**23  # "auto" is naive up to here: 32 MiB, above which glibc maps and faults in every temporary afresh
@@ -45,9 +46,9 @@ class Head(nn.Module):
         if sequential:
             self.norm_h, self.norm_e, self.proj = nn.RMSNorm(C), nn.RMSNorm(C), nn.Linear(2 * C, C, bias=False)
 
-    def forward(self, h, emb, rope):
+    def forward(self, h, emb, rope, past=None):
         x = h if emb is None else self.proj(torch.cat((self.norm_h(h), self.norm_e(emb)), dim=-1))
-        return self.norm(self.block(x, rope))
+        return self.norm(self.block(x, rope, past))
 
 
 class MTPHeads(nn.Module):
@@ -107,6 +108,132 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     flat_N = linear_logp(h_NC, model.lm_head.weight, target_DBT[mask_DBT], temperature, impl, rest)
     logp_DBT = logp_DBT.masked_scatter(mask_DBT, flat_N)
     return logp_DBT[0], logp_DBT[1:], mask_DBT[1:], h_BTC
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speculative sampling: the heads draft, the trunk verifies (Leviathan et al. 2023, arXiv 2211.17192)
+
+
+def accepts(log_p_BKV, log_q_BKV, draft_BK, temperature, u_BK):
+    """(B, K) whether each draft would be accepted if those before it are: with probability min(1, p/q), which together
+    with `after_rejection` gives exactly p; at temperature 0 if it is what the trunk would have said."""
+    if temperature == 0:
+        return draft_BK == log_p_BKV.argmax(-1)
+    log_p_BK, log_q_BK = (x.gather(-1, draft_BK[..., None]).squeeze(-1) for x in (log_p_BKV, log_q_BKV))
+    return u_BK < (log_p_BK - log_q_BK).exp()
+
+
+def after_rejection(log_p_BV, log_q_BV):
+    """Log of the residual max(p - q, 0), not normalised; of p where nothing is left, or where q is 0 throughout."""
+    residual_BV = (log_p_BV.exp() - log_q_BV.exp()).clamp(min=0)
+    return torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV.log(), log_p_BV)
+
+
+class Speculator:
+    """Samples like model.generate, from the same distribution, in fewer passes of the trunk.
+
+    A round: head 1 drafts a token from the trunk's last state and the last token, head k the k-th; beyond the last head
+    (sequential ones only), that one goes on by itself, its own output in the place of the state below it. The trunk
+    reads the last token and all drafts in one pass, drafts are accepted from the left, and one more token comes out of
+    the trunk. Caches need no rewinding: what was written for a rejected draft lies to the right of every later query,
+    until it is overwritten.
+    """
+
+    def __init__(self, heads, drafts):
+        self.heads, self.drafts, self.depth = heads, drafts, min(drafts, len(heads.heads))
+        if not heads.sequential and drafts > self.depth:
+            raise ValueError(f"--speculative {drafts}: must be at most --mtp_depth {self.depth} with parallel heads")
+        self.counts = torch.zeros(drafts + 3)  # accepted drafts of each depth; rounds, tokens, passes of the trunk
+
+    def metrics(self, total=lambda x: x):
+        """Since the last call: spec/accept_rate_k, the share of rounds whose k-th draft was accepted; spec/accept_len,
+        tokens a round, the trunk's own included; spec/tokens_per_call, the same with the prompts' passes."""
+        *accepted, rounds, tokens, calls = total(self.counts).tolist()
+        self.counts = torch.zeros_like(self.counts)
+        rates = {f"spec/accept_rate_{k}": n / max(rounds, 1) for k, n in enumerate(accepted, 1)}
+        length = 1 + sum(accepted) / max(rounds, 1)
+        return rates | {"spec/accept_len": length, "spec/tokens_per_call": tokens / max(calls, 1)}
+
+    @torch.no_grad()
+    def generate(self, model, prompts, num_generations, max_new_tokens, eos, temperature, u_BR3, keep_hidden=False):
+        """Arguments and result of model.generate, but for three uniform numbers a token: for its draft, for accepting
+        it, and for sampling it otherwise. Each is looked at once, so a sample depends on nothing else in its batch."""
+        G, R, K, D = num_generations, max_new_tokens, self.drafts, self.depth
+        prompt_PT, length_P, h_PTC, cache = read_prompts(model, prompts, R)
+        (P, longest), device = prompt_PT.shape, prompt_PT.device
+        T, own = longest + R, KVCache(dataclasses.replace(model.cfg, n_layer=D), P, longest, device, cache.kv.dtype)
+        tokens, row = F.pad(prompt_PT, (0, R + K + 1)), torch.arange(P, device=device)
+        states = F.pad(h_PTC, (0, 0, 0, R)).expand(D + 1, -1, -1, -1).clone()  # of trunk and heads, a row and position
+
+        def head(k, below, pos, end):  # states of head k at some positions of the rows still here
+            emb = model.wte(tokens[row[:, None], pos + k]) if self.heads.sequential else None
+            seen = pos[:, None, :, None] >= torch.arange(end, device=device)
+            past = (lambda key, value: own.write(k - 1, key, value, pos, end)), seen
+            return self.heads.heads[k - 1](below, emb, (model.cos[pos], model.sin[pos]), past)
+
+        def head_of_states(k, pos, end):
+            h = head(k, states[k - 1 if self.heads.sequential else 0, row[:, None], pos], pos, end)
+            states[k, row[:, None], pos] = h.float()
+            return h
+
+        for k in range(1, D + 1):  # each prompt once; its last k positions are made again, when their tokens are known
+            head_of_states(k, torch.arange(longest, device=device).expand_as(prompt_PT), longest)
+        cache.expand(G, T)
+        own.expand(G, T)
+        tokens, states = tokens.repeat_interleave(G, 0), states.repeat_interleave(G, 1)
+        mask, logp = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros(tokens.shape, device=device)
+        u, j = u_BR3.to(device), torch.arange(K + 1, device=device)
+
+        # of the rows still here: index, position of the first token and of the last one so far, whether it is wanted
+        row, first = torch.arange(P * G, device=device), length_P.repeat_interleave(G)
+        n, alive = first.clone(), torch.ones_like(row, dtype=torch.bool)
+        tokens[row, n], logp[row, n] = choose(model.logits(states[0, row, n - 1]), temperature, u[row, 0, 2])
+        mask[row, n] = True
+        alive = (tokens[row, n] != eos) & (R > 1)
+        self.counts[-2:] += len(row)
+        while alive.any():
+            if alive.float().mean() < COMPACT:
+                end = int(n.max())
+                for some in (cache, own):
+                    some.keep(alive.nonzero().squeeze(1), end=end)
+                row, first, n, alive = row[alive], first[alive], n[alive], alive[alive]
+            end, log_q = min(int(n.max()) + K + 1, T), []
+            uniform = lambda offset, which: u[row, (n + offset - first).clamp(max=R - 1), which]
+            for k in range(1, K + 1):  # draft
+                if k <= D:  # the window holds all positions whose tokens were unknown a round ago
+                    h = head_of_states(k, (n[:, None] + torch.arange(-K - D, 0, device=device)).clamp(min=0), end)[
+                        :, -1:
+                    ]
+                else:
+                    h = head(D, h, (n + k - D - 1).clamp(max=T - 1)[:, None], end)
+                log_q.append(F.log_softmax(model.logits(h[:, 0]) / (temperature or 1.0), -1))
+                tokens[row, n + k], _ = choose(log_q[-1], temperature and 1.0, uniform(k, 0))
+            at = row[:, None], n[:, None] + 1 + j  # where the new tokens go
+            pos = (n[:, None] + j).clamp(max=T - 1)
+            h = model.hidden(tokens[row[:, None], n[:, None] + j], cache, pos, end)  # verify
+            states[0, row[:, None], pos] = h.float()
+            log_p, log_q = F.log_softmax(model.logits(h) / (temperature or 1.0), -1), torch.stack(log_q, 1)
+            draft, here = tokens[at][:, :K], torch.arange(len(row), device=device)
+            u_accept = torch.stack([uniform(k, 1) for k in range(1, K + 1)], 1)
+            good = accepts(log_p[:, :K], log_q, draft, temperature, u_accept).long().cumprod(1)
+            a = good.sum(1)
+            log_q = F.pad(log_q, (0, 0, 0, 1), value=-torch.inf)  # nobody drafts the last one
+            last, _ = choose(log_p[here, a] if temperature == 0 else after_rejection(log_p[here, a], log_q[here, a]),
+                             temperature and 1.0, uniform(a + 1, 2))  # fmt: skip
+            new = torch.where(j == a[:, None], last[:, None], F.pad(draft, (0, 1)))
+            kept = (j <= a[:, None]) & (at[1] < (first + R)[:, None]) & alive[:, None]
+            ended = (new == eos) & kept
+            kept &= ended.long().cumsum(1) - ended.long() == 0  # up to an end, which is kept
+            tokens[at], mask[at] = new * kept, kept
+            logp[at] = log_p.gather(-1, new[..., None]).squeeze(-1) * kept
+            made = kept.sum(1)
+            self.counts += torch.cat(((good * alive[:, None]).sum(0), alive.sum()[None], made.sum()[None],
+                                      alive.sum()[None])).cpu()  # fmt: skip
+            n = n + made
+            alive = alive & ~(ended & kept).any(1) & (n + 1 < first + R)
+        end = int(mask.any(0).nonzero().max()) + 1
+        h_BTC = states[0] if keep_hidden else None
+        return Samples(tokens, mask, logp, h_BTC).map(lambda x: x[:, :end])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -287,19 +287,23 @@ def join(parts):
     return Samples(*(None if field[0] is None else torch.cat(field) for field in zip(*wide)))
 
 
-def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1.0, generator=None, keep_hidden=False):
+def rollout(model, tok, problems, num_generations, max_new_tokens, temperature=1.0, generator=None, keep_hidden=False,
+            spec=None):  # fmt: skip
     """Samples (B = P·G rows), their texts, and reward_PG: 1.0 where the answer is right.
 
     keep_hidden: keep hidden states for `minibatches`, but under autocast, where those of training are not the same.
-    Of several processes each samples for its share of the problems, and all of them get everything.
+    spec: an mtp.Speculator, to sample by. Of several processes each samples for its share of the problems, and all of
+    them get everything.
     """
     G, device, mine = num_generations, model.wte.weight.device, share(len(problems))
     keep_hidden = keep_hidden and not torch.is_autocast_enabled(device.type)
-    u_BR = torch.rand(len(problems) * G, max_new_tokens, generator=generator)  # of all: a sample is whoever's it is
+    sample = spec.generate if spec else generate
+    numbers = (3,) if spec else ()  # of all problems: a sample is whoever's it is
+    u_BR = torch.rand(len(problems) * G, max_new_tokens, *numbers, generator=generator)
     prompts, part = [tok.encode_ordinary(p.prompt) for p in problems[mine]], None
     if prompts:
         u_BR = u_BR[mine.start * G : mine.stop * G]
-        samples = generate(model, prompts, G, max_new_tokens, tok.eot_token, temperature, u_BR, keep_hidden)
+        samples = sample(model, prompts, G, max_new_tokens, tok.eot_token, temperature, u_BR, keep_hidden)
         texts = completions(tok, samples)
         asked = [p for p in problems[mine] for _ in range(G)]
         right = [float(is_right(problem, text)) for problem, text in zip(asked, texts)]
@@ -322,7 +326,7 @@ def informative(reward_PG):
     return reward_PG.amax(1) > reward_PG.amin(1)
 
 
-def collect(model, tok, problems, algo, cfg, generator):
+def collect(model, tok, problems, algo, cfg, generator, spec=None):
     """The rollout of one step. With dynamic sampling (DAPO §3.2), prompts without a gradient are replaced by new ones
     from the iterator `problems`, at most ROUNDS times over; what is missing then stays missing.
 
@@ -332,7 +336,7 @@ def collect(model, tok, problems, algo, cfg, generator):
     rounds, missing = [], cfg.prompts_per_step
     while missing and len(rounds) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
-        samples, texts, reward_PG = rollout(model, tok, drawn, G, R, cfg.temperature, generator, keep_hidden=True)
+        samples, texts, reward_PG = rollout(model, tok, drawn, G, R, cfg.temperature, generator, True, spec)
         length_B, flat_P = samples.mask_BT.sum(1).cpu(), ~informative(reward_PG)
         if algo.overlong:
             reward_PG = reward_PG + overlong_penalty(length_B, R).view_as(reward_PG)
@@ -351,6 +355,7 @@ def collect(model, tok, problems, algo, cfg, generator):
         "response_length/sum": int(length_B.sum()),
         "actor/entropy": -logp.item() / length_B.sum().item(),  # the mean of -log p over tokens sampled from p
     }
+    metrics |= spec.metrics(total) if spec else {}
     examples = [(p.prompt, t, r) for p, t, r in zip(drawn[0], texts[0][::G], rewards[0][:, 0].tolist())]
     return kept, torch.cat(rewards)[torch.cat(keeps)], metrics, examples[:8]
 

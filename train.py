@@ -81,6 +81,7 @@ class Config:
     updates_per_rollout: int = 4  # minibatches a rollout is cut into, one update each
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling, and of every log-prob
+    speculative: int = 0  # tokens a round that the heads draft for the rollout, from the same distribution; 0: none
     grad_clip: float = 1.0  # largest gradient norm, of the trunk and of the heads apart
     # the coefficient of the MTP loss
     lam: float = 1.0  # lambda of the regimes ce and policy
@@ -131,7 +132,7 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
 
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high kl_coef "
-        may_be_zero += "vocab_size threads exact_blocks"
+        may_be_zero += "vocab_size threads exact_blocks speculative"
         for f in dataclasses.fields(self):
             value, literals = getattr(self, f.name), get_args(f.type)
             if isinstance(value, str) and literals:
@@ -150,6 +151,12 @@ class Config:
         algo = self.algorithm()
         alone = algo.advantage == "batch" and not algo.dynamic_sampling
         need("num_generations", self.num_generations > 1 or alone, "2 or more (1 with --algo reinforce)")
+        most = 0 if self.regime == "off" else self.mtp_depth if self.mtp_design == "parallel" else math.inf
+        need(
+            "speculative",
+            self.speculative <= most,
+            f"at most {most}: --regime off drafts nothing, parallel heads one each",
+        )
         need("dual_clip", algo.dual_clip > 1, "above 1")
         need("device", self.device != "cuda" or torch.cuda.is_available(), "cpu here: torch finds no CUDA")
         _, solution = rl.longest(rl.suites_of(self.task), self.difficulty)
@@ -512,6 +519,7 @@ class Learner:
         self.last_blocks = list(last.parameters())
         self.optimizer = torch.optim.Adam(self.trunk + self.phi, lr=cfg.lr, fused=True)
         self.reference = None
+        self.spec = mtp.Speculator(self.heads, cfg.speculative) if cfg.speculative else None
         hidden = self.regime.rule == "proxy" and cfg.occ_proxy == "hidden"
         self.at_doors = hidden and cfg.lam_scope == "trunk"  # else λ must be known before the backward begins
 
@@ -541,7 +549,9 @@ class Learner:
         problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}"))
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         with autocast(self.device):
-            samples, reward_PG, record, examples = rl.collect(self.model, self.tok, problems, algo, cfg, generator)
+            samples, reward_PG, record, examples = rl.collect(
+                self.model, self.tok, problems, algo, cfg, generator, self.spec
+            )
         clock("rollout")
         # 2 rewards -> advantages; old log-probs
         adv_B = rl.advantages(reward_PG, algo.advantage).flatten().to(self.device)

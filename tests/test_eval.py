@@ -87,7 +87,7 @@ def test_score_prints_a_table(small, capsys):
     assert lines[0] == "| suite | problems | avg@4 | pass@4 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| add", "| mod", "| all"]
     tok, problems = rl.get_tokenizer("bytes"), rl.held_out_problems("add", cfg.difficulty, 3)
-    _, _, model = evaluation.load_run(cfg.out, torch.device("cpu"))
+    _, _, model, _ = evaluation.load_run(cfg.out, torch.device("cpu"))
     right = evaluation.accuracy(model, tok, problems, 4, cfg.max_new_tokens).mean(1)
     mean, half = evaluation.interval((100 * right).tolist())
     assert lines[2].startswith(f"| add | 3 | {mean:.1f} ± {half:.1f} |") and 0 < mean < 100
@@ -96,7 +96,7 @@ def test_score_prints_a_table(small, capsys):
 def test_score_rebuilds_the_trained_model(small):
     cfg = small(tied=True, mtp_design="parallel", mtp_depth=2)
     train.main(cfg)
-    _, _, model = evaluation.load_run(cfg.out, torch.device("cpu"))
+    _, _, model, _ = evaluation.load_run(cfg.out, torch.device("cpu"))
     saved = torch.load(Path(cfg.out) / "ckpt.pt", weights_only=True)["model"]
     assert all(torch.equal(p, saved[name]) for name, p in model.state_dict().items())
 
@@ -168,10 +168,11 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def bench(monkeypatch, tmp_path):
     """A benchmark of models small enough for a test, all in this process."""
+    base = dict(pretrain_steps=2, pretrain_batch=8, cache_dir=str(tmp_path))
     shape = dict(n_layer=2, n_head=2, n_embd=16, prompts_per_step=4, num_generations=2, updates_per_rollout=2)
-    monkeypatch.setattr(evaluation, "SETTINGS", {"default": dict(device="cpu", **shape)})
+    monkeypatch.setattr(evaluation, "SETTINGS", {"default": dict(device="cpu", **shape, **base)})
     monkeypatch.setattr(evaluation, "GROWTH", {"prompts_per_step": (4, 8), "mtp_depth": (1, 2)})
     monkeypatch.setattr(evaluation, "in_new_process", lambda function, changes, n: function({**shape, **changes}, n))
     monkeypatch.setattr(rl, "is_right", rl.is_right)  # put back at the end
@@ -189,6 +190,8 @@ def test_bench_prints_its_tables_and_draws(bench, capsys, tmp_path):
     assert ratios.startswith("| default | 1.000 (1.00 to 1.00) |") and ratios.count("|") == 2 + len(evaluation.VARIANTS)
     assert "Sampling 48 tokens with the KV cache, times as fast as without:" in out
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+    drafts = [line.split(" | ") for line in out.splitlines() if line.startswith(("| 4 x 2", "| 4 x 1"))]
+    assert len(drafts) == 6 and all(1 <= float(tokens) <= 1 + int(k) for _, k, tokens, _ in drafts)
 
 
 def test_regimes_take_turns_over_the_same_samples(bench):
