@@ -51,6 +51,7 @@ CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # 
 FREE = "out cache_dir device threads save_every steps".split()  # settings of a run that are no part of the experiment
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POINTS = 60  # of a line in a plot, at most
+BLOCKS = 12  # of a line of probes, which are noisy
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
 
 
@@ -247,16 +248,16 @@ def group_runs(folders):
     return {label: list(seeds.values()) for label, seeds in groups.items()}
 
 
-def series(runs, value):
+def series(runs, value, points=POINTS):
     """Steps that every run has, mean and half-width of the 95 % band (nan for one run) of value(record) over runs.
 
-    More than POINTS steps are averaged in blocks, run by run, so that the band is that of the block's mean.
+    More than `points` steps are averaged in blocks, run by run, so that the band is that of the block's mean.
     """
     tables = [{r["step"]: y for r in records if (y := value(r)) is not None} for records in runs]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     y = torch.tensor([[table[s] for s in steps] for table in tables], dtype=torch.float64)
-    if len(steps) > POINTS:
-        size = -(-len(steps) // POINTS)
+    if len(steps) > points:
+        size = -(-len(steps) // points)
         y = torch.stack([block.mean(1) for block in y.split(size, dim=1)], dim=1)
         steps = [block.mean().item() for block in torch.tensor(steps, dtype=torch.float64).split(size)]
     n = len(tables)
@@ -296,9 +297,9 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def draw_lines(axis, groups, value, scale="linear", style="-", color=None):
+def draw_lines(axis, groups, value, scale="linear", style="-", color=None, points=POINTS):
     """A line a group of runs with its 95 % band, none where n = 1. Lines that are not solid have no legend."""
-    lines = {name: series(runs, value) for name, runs in groups.items()}
+    lines = {name: series(runs, value, points) for name, runs in groups.items()}
     drawn = [abs(y) for _, mean, _ in lines.values() for y in mean if y]
     if drawn and scale != "linear" and style == "-":
         axis.set_yscale(scale, **({"linthresh": max(drawn) / 30} if scale == "symlog" else {}))
@@ -1058,7 +1059,7 @@ def lines_of(figure, rows, columns, groups, panels):
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (title, label, scale, values) in zip(axes, panels):
         for style, value in values.items():
-            draw_lines(axis, groups, value, scale, style)
+            draw_lines(axis, groups, value, scale, style, points=BLOCKS)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
@@ -1072,12 +1073,31 @@ def logged(name):
 def draw_scores(figure, runs, extra):
     """Held-out score (avg@k, points of 100) against steps: mean over seeds, band: 95 % interval (Student's t).
 
-    Look at how far the lines are apart beside the width of their bands.
+    Right: the difference to detach, seed by seed, which leaves out what seeds have in common. Look at which bands there
+    leave out 0.
     """
-    groups = some(runs, MAIN)
-    lines_of(figure, 1, 1, groups, [("Held-out score", "avg@k, points of 100", "linear", {"-": logged("eval/score")})])
+    groups, axes = some(runs, MAIN), figure.subplots(1, 2)
+    draw_lines(axes[0], groups, logged("eval/score"))
+    axes[0].set(title="Held-out score", xlabel="step", ylabel="avg@k, points of 100")
+    axes[0].legend(fontsize="small")
+    gaps = {label: gaps_to_detach(runs[label], runs.get("detach", {})) for label in groups if label != "detach"}
+    draw_lines(axes[1], {label: gap for label, gap in gaps.items() if gap}, logged("gap"))
+    axes[1].axhline(0, color=COLORS["detach"], linewidth=1)
+    axes[1].set(title="Paired difference to detach", xlabel="step", ylabel="points of 100")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     ends = ", ".join(f"{label} {cell(over_seeds(final(r, 'eval/score') for r in g))}" for label, g in groups.items())
     return f"{counts(groups)} Mean of the last fifth of training: {ends}."
+
+
+def gaps_to_detach(seeds, detach):
+    """For each seed that both have, {"step", "gap"} of the evaluations."""
+    gaps = []
+    for seed in sorted(set(seeds) & set(detach)):
+        base = {r["step"]: r["eval/score"] for r in detach[seed] if "eval/score" in r}
+        both = [r for r in seeds[seed] if "eval/score" in r and r["step"] in base]
+        gaps.append([{"step": r["step"], "gap": r["eval/score"] - base[r["step"]]} for r in both])
+    return gaps
 
 
 def draw_terms(figure, runs, extra):
@@ -1185,9 +1205,9 @@ def draw_proxies(figure, runs, extra):
     groups, titles = some(runs, ["occ"]), []
     axes = figure.subplots(1, 1 + len(PROXIES)).flat
     for i, (name, title) in enumerate([("lam_star", "exact λ*"), *PROXIES.items()]):
-        draw_lines(
-            axes[0], dict.fromkeys([title], groups.get("occ", [])), logged(f"occ/{name}"), "symlog", color=f"C{i}"
-        )
+        lines = dict.fromkeys([title], groups.get("occ", []))
+        draw_lines(axes[0], lines, logged(f"occ/{name}"), color=f"C{i}", points=BLOCKS)
+    axes[0].set_yscale("symlog", linthresh=0.05)
     axes[0].set(title="occ: each proxy and λ*", xlabel="step", ylabel="λ")
     axes[0].legend(fontsize="small")
     for i, (axis, (name, title)) in enumerate(zip(axes[1:], PROXIES.items()), 1):

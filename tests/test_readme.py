@@ -43,7 +43,7 @@ def test_every_command_parses(small, monkeypatch):
 
 
 def test_every_logged_key_is_in_the_table_and_the_other_way_round(small):
-    cfg = small(algo="grpo")  # the one with a KL
+    cfg = small(algo="grpo", speculative=1)  # the method with a KL
     train.main(cfg)
     records = [json.loads(line) for line in (Path(cfg.out) / "metrics.jsonl").read_text().splitlines()[1:]]
     logged = {re.sub(r"_1$", "_k", key) for record in records for key in record}
@@ -58,8 +58,8 @@ def test_every_logged_key_is_in_the_table_and_the_other_way_round(small):
 
 def test_paper_code_and_test_names_exist():
     table = README[README.index("## Paper, code, test") : README.index("## Commands")]
-    modules = {"occ": occ, "rl": rl, "mtp": mtp}
-    named = re.findall(r"`(occ|rl|mtp)\.(?!py`)(\w+)`", table)
+    modules = {"occ": occ, "rl": rl, "mtp": mtp, "eval": evaluation}
+    named = re.findall(r"`(occ|rl|mtp|eval)\.(?!py`)(\w+)`", table)
     assert len(named) >= 9 and all(hasattr(modules[file], name) for file, name in named)
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", table)
