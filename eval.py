@@ -253,6 +253,8 @@ def series(runs, value, points=POINTS):
 
     More than `points` steps are averaged in blocks, run by run, so that the band is that of the block's mean.
     """
+    if not runs:
+        return [], [], []
     tables = [{r["step"]: y for r in records if (y := value(r)) is not None} for records in runs]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
     y = torch.tensor([[table[s] for s in steps] for table in tables], dtype=torch.float64)
@@ -303,7 +305,8 @@ def draw_lines(axis, groups, value, scale="linear", style="-", color=None, point
     drawn = [abs(y) for _, mean, _ in lines.values() for y in mean if y]
     if drawn and scale != "linear" and style == "-":
         axis.set_yscale(scale, **({"linthresh": max(drawn) / 30} if scale == "symlog" else {}))
-    colors = {name: color or COLORS.get(name, f"C{i}") for i, name in enumerate(groups)}
+    fixed = COLORS if set(groups) <= set(COLORS) else {}
+    colors = {name: color or fixed.get(name, f"C{i}") for i, name in enumerate(groups)}
     for name, (steps, mean, _) in lines.items():
         label = f"{name} (n = {len(groups[name])})" if style == "-" else None
         axis.plot(steps, mean, style, color=colors[name], label=label, linewidth=1.4)
@@ -448,7 +451,12 @@ def in_new_process(function, *args):
     """The result of function(*args) in a fresh process: its peak of memory is its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            return pool.submit(function, *args).result()
+        except KeyboardInterrupt:  # or the end of this block would wait for it
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def cache_speedup(repeats=7):
@@ -595,11 +603,11 @@ def logp_memory(name, shape):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     f, inputs = logp_peers(device)[name], logp_inputs(shape, device)
     gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
+    logp_pass(f, *inputs)  # compiles, and loads what it needs
     if device.type == "cpu":
         before = memory_peak(reset=True)
         logp_pass(f, *inputs)
         return memory_peak() - before - gradients
-    logp_pass(f, *inputs)  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     logp_pass(f, *inputs)
@@ -613,7 +621,7 @@ def bench_logp(repeats):
     Errors are the largest of log-probs, and of dh relative to its norm, of 64 tokens against float64.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak, peers, tokens = matmul_peak(device, repeats), logp_peers(device), slice(0, 64)
+    peak, tokens = matmul_peak(device, repeats), slice(0, 64)
     print(f"{device.type}; a large matrix product: {peak / 1e9:.0f} GFLOP/s; medians of {repeats}")
     head = "with backward, ms | forward, ms | over naive | of the peak | memory, MiB | error of logp | of dh".split(
         " | "
@@ -624,6 +632,8 @@ def bench_logp(repeats):
         h, W, targets, g = inputs = logp_inputs(shape, device)
         exact = mtp.linear_logp(h[tokens].double(), W.detach().double(), targets[tokens], impl="naive")
         (exact_dh,) = torch.autograd.grad(exact, h, g[tokens].double())
+        torch._dynamo.reset()  # or what was compiled for one shape would be compiled for any shape at the next
+        peers = logp_peers(device)
         times, errors, failed = {name: [] for name in peers}, {}, {}
         for _ in tqdm(range(repeats + 1), str(shape), disable=None):
             for name, f in peers.items():
@@ -648,7 +658,10 @@ def bench_logp(repeats):
                 print(f"| {name} | {failed[name]} |" + " |" * 6)
                 continue
             whole, forward = (statistics.median(x) for x in zip(*turns[1:]))
-            ratio = statistics.median(b[0] / a[0] for a, b in zip((times["naive"] or turns)[1:], turns[1:]))
+            ratios = (
+                [b[0] / a[0] for a, b in zip(times["naive"][1:], turns[1:])] if "naive" not in failed else [math.nan]
+            )
+            ratio = statistics.median(ratios)
             memory, share = in_new_process(logp_memory, name, shape) / 2**20, 8 * math.prod(shape) / whole / peak
             cells = f"{1e3 * whole:.1f} | {1e3 * forward:.1f} | {ratio:.2f} | {100 * share:.0f} % | {memory:.0f}"
             print(f"| {name} | {cells} | {errors[name][0]:.0e} | {errors[name][1]:.0e} |", flush=True)
@@ -722,7 +735,7 @@ def reproduce(args):
         the middle).
     H3  occ: λ_t is larger in the first third than in the second and in the last.
     H4  occ is above detach on every suite, and on their mean.
-    H5  a step of occ takes at most 1.02 times as long as one of detach.
+    H5  a step of occ takes at most 1.02 times as long as one of detach (interval over repeats in one process).
     H6  occ is above every fixed λ of policy (the paper's Table 2).
 
     All regimes of a seed start from the same pretrained weights. Finished runs are not repeated, unfinished ones go on;
@@ -731,19 +744,35 @@ def reproduce(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start, configs = time.perf_counter(), plan(args)
     failed = train_all(configs, args.jobs)
-    for name, measurement, *what in (
-        ("parabola", parabola, next((c for c in configs if c.regime == "occ"), configs[-1])),
-        ("speed", step_ratios, SMOKE if args.fast else {}, 2 if args.fast else 15),
+    cfg = next((c for c in configs if c.regime == "occ"), configs[-1])
+    for name, measurement, what in (
+        ("parabola", parabola, [cfg]),
+        ("speed", step_ratios, [SMOKE if args.fast else {}, 2 if args.fast else 15]),
     ):
-        path = Path(args.out) / f"{name}.json"
-        if not path.exists():
-            path.write_text(json.dumps(in_new_process(measurement, *what)))
-    draw(args.out)
+        try:
+            measure_once(Path(args.out) / f"{name}.json", measurement, what)
+        except Exception as error:  # of a process of its own: no reason not to draw
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+    draw(args.out, configs[0].steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     print(f"{len(configs) - len(failed)} of {len(configs)} runs in {(time.perf_counter() - start) / 60:.1f} minutes; "
           f"figures and tables are in {args.out}")  # fmt: skip
     return 1 if failed else 0
+
+
+def measure_once(path, measurement, what):
+    """Write {"of": what was measured, "found": measurement(*what)} to a JSON file, unless it says that already."""
+    moves = {*FREE} - {"steps"}  # what may change without making it another measurement
+    of = [{k: v for k, v in dataclasses.asdict(x).items() if k not in moves} if dataclasses.is_dataclass(x) else x
+          for x in what]  # fmt: skip
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, half written, or something else
+        if json.loads(path.read_text())["of"] == of:
+            return
+    found = in_new_process(measurement, *what)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps({"of": of, "found": found}))
+    aside.replace(path)
 
 
 def plan(args):
@@ -755,20 +784,17 @@ def plan(args):
     for label in (name for name in REPRODUCED if name in args.regimes):
         for seed in range(args.seeds or (2 if args.fast else 5)):
             paths = dict(seed=seed, out=f"{args.out}/{label}-s{seed}")
-            configs.append(train.Config(**{**common, **REPRODUCED[label], **paths}))
-            steps_done(configs[-1])
+            cfg = train.Config(**{**common, **REPRODUCED[label], **paths})
+            found = {}
+            with contextlib.suppress(ValueError):  # nothing there, or damaged: train_one will say
+                found = read_metrics(cfg.out)[0]["config"]
+            for name, value in dataclasses.asdict(cfg).items():
+                if found and name not in FREE and found.get(name) != value:
+                    raise ValueError(
+                        f"{cfg.out}: a run with --{name} {found.get(name)}, not {value}: name another --out"
+                    )
+            configs.append(cfg)
     return configs
-
-
-def steps_done(cfg):
-    """Steps that the run in cfg.out has made, None if there is no run. ValueError if its settings are others."""
-    if not (Path(cfg.out) / "metrics.jsonl").exists():
-        return None
-    values, ckpt = read_run(cfg.out)
-    for name, value in dataclasses.asdict(cfg).items():
-        if name not in FREE and values.get(name) != value:
-            raise ValueError(f"{cfg.out}: a run with --{name} {values.get(name)}, not {value}: name another --out")
-    return ckpt["step"] if ckpt else 0
 
 
 def train_all(configs, jobs):
@@ -806,13 +832,18 @@ def lines_logged(cfg):
 
 def train_one(cfg, processes):
     """Train, or go on, in a process of its own. Returns None, or a line that says what went wrong."""
-    try:
-        done = steps_done(cfg)
-    except ValueError as error:
-        return str(error)
+    done = None
+    if (Path(cfg.out) / "metrics.jsonl").exists():
+        try:
+            ckpt = read_run(cfg.out)[1]
+        except ValueError as error:
+            return str(error)
+        done = ckpt["step"] if ckpt else 0
     if done == cfg.steps:
         return None
-    flags = [f"--{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
+    given = {f.name: value for f in dataclasses.fields(cfg) if (value := getattr(cfg, f.name)) != f.default}
+    flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+             for name, value in given.items()]  # fmt: skip
     if done is not None:
         flags = ["--resume", cfg.out, "--steps", str(cfg.steps)]
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
@@ -855,7 +886,9 @@ def parabola_at(learner, terms, g, m):
     importance ratio r: J' - J = E[(r - 1) A], A the reward minus the mean of the prompt's other samples. So all λ share
     their random numbers. The plain step is as long as Adam's is at λ = 0, which defines η. L is fitted to steps of ½, 1
     and 2 times that length along g: J' - J = η <G, g> s - L η² ‖g‖² s²/2, with G the gradient on the held-out samples.
-    Changes are lists [mean, half a 95 % interval over problems], in points of 100; those of λ are differences to λ = 0.
+    Changes and L are lists [mean, half a 95 % interval over problems], changes in points of 100, those of λ as
+    differences to λ = 0. The loss that g is a gradient of has other units than J (advantages over their deviation, only
+    prompts with both rewards): <G, g>/‖g‖² is what one of its units is worth in J.
     """
     cfg, model, device = learner.cfg, learner.model, learner.device
     problems = [
@@ -904,12 +937,12 @@ def parabola_at(learner, terms, g, m):
 
     eta = (adam(g).norm() / g.norm()).item()
     s = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    along_g = torch.stack([change(-eta * x * g).mean() for x in s.tolist()]) / 100
-    _, bend = torch.linalg.lstsq(torch.stack((s, -s.square()), 1), along_g[:, None]).solution.flatten().tolist()
+    along_g_SP = torch.stack([change(-eta * x * g).cpu() for x in s.tolist()]) / 100
+    _, bend_P = torch.linalg.lstsq(torch.stack((s, -s.square()), 1), along_g_SP).solution  # a fit for each problem
     known = {name: terms[f"occ/{name}"] for name in ("c", "v2", "g2", "cos", "lam_star")}
     return known | {
         "eta": eta,
-        "L": 2 * bend / (eta**2 * terms["occ/g2"]),
+        "L": interval((2 * bend_P / (eta**2 * terms["occ/g2"])).tolist()),
         "slope_g": occ.inner(G, g).item(),
         "slope_m": occ.inner(G, m).item(),
         "adam": differences(lambda lam: adam(g + lam * m)),
@@ -979,7 +1012,7 @@ def claims(runs, speed):
     rows = []
 
     def test(name, quantity, samples, low=-math.inf, high=math.inf):
-        found = [over_seeds(values) for values in samples if values]
+        found = [over_seeds(values) if values else (math.nan, math.nan) for values in samples]
         n = min((len(values) for values in samples), default=0)
         allowed = (
             f"above {low:g}" if high == math.inf else f"below {high:g}" if low == -math.inf else f"{low:g} to {high:g}"
@@ -994,7 +1027,7 @@ def claims(runs, speed):
 
     def halvings(records):
         early, _, late = in_thirds(records, "occ/v2")
-        return math.log2(late / early)
+        return math.log2(max(late, 1e-30) / max(early, 1e-30))
 
     def third_by_third(name, a, b):
         return lambda records: in_thirds(records, name)[a] - in_thirds(records, name)[b]
@@ -1018,7 +1051,7 @@ def claims(runs, speed):
     test("H4", "occ − detach on each suite, points", by_suite, 0)
     test("H4", "occ − detach, points", [list(paired(ours, detach).values())], 0)
     test("H5", "seconds a step, occ / detach", [speed.get("occ", [])], high=1.02)
-    fixed = [list(paired(ours, scores(label)).values()) for label in SWEEP.values() if label in runs]
+    fixed = [list(paired(ours, scores(label)).values()) for label in SWEEP.values()]
     test("H6", "occ − policy with each fixed λ, points", fixed, 0)
     return rows
 
@@ -1031,17 +1064,34 @@ COLORS = {label: f"C{i}" for i, label in enumerate(REPRODUCED)}
 MAIN = [label for label in REPRODUCED if "." not in label]
 
 
-def finished_runs(out):
-    """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that are as long as the longest of them."""
-    runs = {}
+def finished_runs(out, steps=None):
+    """({label: {seed: records}}, lines about what was left out) of the runs in folders out/<label>-s<seed>.
+
+    Left out are runs that have not made `steps` (None: as many as the longest), that cannot be read, or whose settings
+    are not those of their label.
+    """
+    runs, left_out = {}, []
     for path in sorted(Path(out).glob("*-s*/metrics.jsonl")):
         label, seed = path.parent.name.rsplit("-s", 1)
-        _, records = read_metrics(path.parent)
-        if label in REPRODUCED and seed.isdigit() and records:
-            runs.setdefault(label, {})[int(seed)] = records
-    length = max((r[-1]["step"] for seeds in runs.values() for r in seeds.values()), default=0)
-    whole = {x: {seed: r for seed, r in runs[x].items() if r[-1]["step"] == length} for x in REPRODUCED if x in runs}
-    return {label: seeds for label, seeds in whole.items() if seeds}
+        if label not in REPRODUCED or not seed.isdigit():
+            continue
+        try:
+            header, records = read_metrics(path.parent)
+        except ValueError as error:
+            left_out.append(str(error))
+            continue
+        if any(header["config"].get(name) != value for name, value in REPRODUCED[label].items()):
+            left_out.append(f"{path.parent}: its settings are not those of {label}")
+        else:
+            runs[label, int(seed)] = records
+    steps = steps or max((records[-1]["step"] for records in runs.values() if records), default=0)
+    whole = {label: {} for label in REPRODUCED}
+    for (label, seed), records in runs.items():
+        if records and records[-1]["step"] == steps:
+            whole[label][seed] = records
+        else:
+            left_out.append(f"{out}/{label}-s{seed}: not at step {steps}")
+    return {label: seeds for label, seeds in whole.items() if seeds}, left_out
 
 
 def some(runs, labels):
@@ -1054,12 +1104,12 @@ def counts(groups):
     return "Runs: " + ", ".join(f"{label} (n = {len(records)})" for label, records in groups.items()) + "."
 
 
-def lines_of(figure, rows, columns, groups, panels):
+def lines_of(figure, groups, panels, points=BLOCKS):
     """One axis a panel (title, label of y, scale, {style: value of a record}); a line a group and style."""
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(1, len(panels), squeeze=False).flat
     for axis, (title, label, scale, values) in zip(axes, panels):
         for style, value in values.items():
-            draw_lines(axis, groups, value, scale, style, points=BLOCKS)
+            draw_lines(axis, groups, value, scale, style, points=points)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
@@ -1103,69 +1153,85 @@ def gaps_to_detach(seeds, detach):
 def draw_terms(figure, runs, extra):
     """The exact first-order correlation c_t, second-order penalty v_t² and cosine of g and m at probe steps.
 
-    Solid: of a whole minibatch. Dashed: across its halves, without the noise that g and m share (the dashed cosine has
-    the solid one's norms below it). Look at what is left of the correlation in the dashed lines, and at v² of policy.
+    Means over seeds and over blocks of probes. Solid: of a whole minibatch, with the noise that g and m share. Dashed:
+    across its halves, without that noise (the dashed cosine has the solid one's norms below it; on a log axis values
+    below 0 are missing). Look at what is left of the correlation in the dashed lines, and at v² of policy.
     """
     groups = some(runs, ["ce", "policy", "occ"])
     norms = lambda r: (r["occ/g2"] * r["occ/v2"]) ** 0.5
     split_cos = lambda r: r["occ/c_split"] / norms(r) if "occ/c_split" in r and norms(r) else None
-    lines_of(figure, 1, 3, groups, [
+    lines_of(figure, groups, [
         ("First-order correlation", "c_t = ⟨g, m⟩", "symlog", {"-": logged("occ/c"), "--": logged("occ/c_split")}),
         ("Second-order penalty", "v_t² = ‖m‖²", "log", {"-": logged("occ/v2"), "--": logged("occ/v2_split")}),
         ("Cosine of g and m", "c_t / (‖g‖ ‖m‖)", "linear", {"-": logged("occ/cos"), "--": split_cos}),
     ])  # fmt: skip
-    noise_free = []
-    for label, records in groups.items():
-        sums = [
-            sum(sum(r.get(f"occ/{name}", 0) for r in run) for run in records)
-            for name in ("c_split", "g2_split", "v2_split")
+    facts = []
+    for label, seeds in groups.items():
+        means = [
+            [sum(in_thirds(r, f"occ/{name}")) / 3 for r in seeds] for name in ("c", "c_split", "g2", "g2_split", "v2")
         ]
-        c, norms = sums[0], max(sums[1], 0) * max(sums[2], 0)
-        noise_free.append(f"{label} {c / norms**0.5:.2f}" if norms > 0 else f"{label} unknown")
-    return f"{counts(groups)} Cosine over whole runs, all three products across halves: {', '.join(noise_free)}."
+        names = "⟨g, m⟩", "across halves", "‖g‖²", "across halves", "‖m‖²"
+        facts.append(f"{label}: " + ", ".join(f"{n} {cell(over_seeds(x), 3)}" for n, x in zip(names, means)))
+    return f"{counts(groups)} Means of whole runs: {'; '.join(facts)}."
 
 
 def with_terms(records):
-    """For each probe the two terms of Δ_MTP(λ_t), of its own c, v², λ and η and the mean L of the run's probes."""
-    probes = [r for r in records if "occ/L" in r]
-    L, total_1, total_2, out = sum(r["occ/L"] for r in probes) / max(len(probes), 1), 0.0, 0.0, []
+    """For each probe the two terms of Δ_MTP(λ_t), of its own c, v², λ and η and the mean L of the run's probes.
+
+    "first" is the first-order term in the mean, η λ (<E g, E m> - L η c): the slope is that across halves, while the
+    step contains the noise of both. "paper" is η λ (1 - L η) c, with the shared noise in c.
+    """
+    probes = [r for r in records if "occ/L" in r and "occ/c_split" in r]
+    L, sums, out = sum(r["occ/L"] for r in probes) / max(len(probes), 1), dict.fromkeys(TERMS, 0.0), []
     for r in probes:
-        lam, c, v2, eta = (r[f"occ/{name}"] for name in ("lam", "c", "v2", "eta"))
-        first, second = occ.delta_mtp(lam, c, 0.0, eta, L), -occ.delta_mtp(lam, 0.0, v2, eta, L)
-        total_1, total_2 = total_1 + first, total_2 + second
-        out.append({"step": r["step"], "first": first, "second": second, "sum_1": total_1, "sum_2": total_2,
-                    "net": total_1 - total_2, "Lη": L * eta})  # fmt: skip
+        lam, c, c_split, v2, eta = (r[f"occ/{name}"] for name in ("lam", "c", "c_split", "v2", "eta"))
+        paper, second = occ.delta_mtp(lam, c, 0.0, eta, L), -occ.delta_mtp(lam, 0.0, v2, eta, L)
+        terms = dict(first=paper + eta * lam * (c_split - c), paper=paper, second=second)
+        sums = {name: sums[name] + terms[name] for name in TERMS}
+        totals = {f"sum of {name}": value for name, value in sums.items()} | {"net": sums["first"] - sums["second"]}
+        out.append({"step": r["step"], "Lη": L * eta, **terms, **totals})
     return out
 
 
-def draw_decomposition(figure, runs, extra):
-    """The two terms of Δ_MTP(λ_t): solid the first-order term η λ (1 − Lη) c, dashed the second, L η² λ² v²/2.
+TERMS = "first", "paper", "second"
 
-    Left: of the update at each probe; middle: their sums over the probes so far; right: what is left of the sums.
-    η is the length of Adam's step over ‖g + λ m‖; L is measured: the mean curvature along a run's steps. c is that of
-    the whole minibatch, with the noise that g and m share. Look at which of the two sums is ahead, and when.
+
+def draw_decomposition(figure, runs, extra):
+    """The two terms of Δ_MTP(λ_t), of the update at each probe, summed over the probes so far.
+
+    Left: solid the first-order term η λ (⟨g, m⟩ − Lη c) with ⟨g, m⟩ across halves; dotted as the bound has it, η λ
+    (1 − Lη) c, with the noise that g and m share in c. Middle: the second-order term L η² λ² v²/2. Right: solid minus
+    second. η is the length of Adam's step over ‖g + λ m‖; L is measured: the mean curvature along a run's steps. The
+    unit is that of the policy objective. Means over seeds, bands: 95 %. Look at how much of the dotted lines is noise.
     """
     groups = {label: [with_terms(r) for r in g] for label, g in some(runs, ["ce", "policy", "occ", "exact"]).items()}
-    lines_of(figure, 1, 3, groups, [
-        ("Terms of Δ_MTP(λ_t), a step", "gain of J", "symlog", {"-": logged("first"), "--": logged("second")}),
-        ("Summed over the probes", "gain of J", "symlog", {"-": logged("sum_1"), "--": logged("sum_2")}),
-        ("Difference of the sums", "gain of J", "symlog", {"-": logged("net")}),
-    ])  # fmt: skip
-    means = [
-        f"{x} {sum(sum(r['Lη'] for r in run) / max(len(run), 1) for run in g) / len(g):.2f}" for x, g in groups.items()
-    ]
-    return f"{counts(groups)} Mean Lη: {', '.join(means)}."
+    first = {"-": logged("sum of first"), ":": logged("sum of paper")}
+    lines_of(figure, groups, [
+        ("First order, summed", "gain", "symlog", first),
+        ("Second order, summed", "loss", "symlog", {"-": logged("sum of second")}),
+        ("First minus second order", "gain", "symlog", {"-": logged("net")}),
+    ], POINTS)  # fmt: skip
+    ends, size = [], lambda g: over_seeds(sum(r["Lη"] for r in run) / max(len(run), 1) for run in g)
+    for label, g in groups.items():
+        last = [run[-1] for run in g if run]
+        sums = [
+            cell(over_seeds(r[name] for r in last), 3) for name in ("sum of first", "sum of paper", "sum of second")
+        ]
+        ends.append(f"{label} {', '.join(sums)} (Lη {cell(size(g), 2)})")
+    return f"{counts(groups)} Sums at the end, first order, as the bound has it, second order: {'; '.join(ends)}."
 
 
 def draw_parabola(figure, runs, extra):
     """What one real step along g + λ m does to J on held-out problems, against the same step with λ = 0.
 
     Points: measured with the same samples for every λ, weighed by importance ratios (bars: 95 % over problems), for a
-    plain gradient step and for Adam's, at three checkpoints of one run. Lines: the bound with L fitted to measured
-    steps along g; solid with c of the minibatch, dashed with the slope along m from the held-out samples; dotted: λ* of
-    the solid one. Look at where the two part: there, c of the minibatch was noise.
+    plain gradient step and for Adam's, at three checkpoints of one run. Lines: the quadratic with L fitted to measured
+    steps along g. Dashed: its slope along m measured on the held-out samples too; dotted: its λ*. Solid: the slope that
+    the minibatch's own c claims, in units of J; it has the noise that g and m share. Look at which line the points
+    follow.
     """
-    points, said = extra.get("parabola", []), []
+    found, said = extra.get("parabola", {}), []
+    points, label = found.get("found", []), "occ" if found.get("of", [{}])[0].get("regime") == "occ" else "other"
     axes = figure.subplots(1, max(len(points), 1), squeeze=False).flat
     grid = [LAMBDAS[0] + i * (LAMBDAS[-1] - LAMBDAS[0]) / 100 for i in range(101)]
     for axis, p in zip(axes, points):
@@ -1173,27 +1239,24 @@ def draw_parabola(figure, runs, extra):
             mean, half = zip(*p[kind]["more"])
             axis.errorbar(LAMBDAS, mean, half, fmt="o", ms=4, capsize=2, color=f"C{i}", label=f"measured, {kind} step")
         low, high = axis.get_ylim()
-        eta, L, c, v2 = (p[name] for name in ("eta", "L", "c", "v2"))
-        axis.plot(
-            grid, [100 * occ.delta_mtp(x, c, v2, eta, L) for x in grid], "k-", label="bound, c from the minibatch"
-        )
-        held_out = [100 * (eta * x * p["slope_m"] - L * eta**2 * (x * c + x * x * v2 / 2)) for x in grid]
-        axis.plot(grid, held_out, "k--", label="c from held-out rollouts")
-        lam = occ.lam_star(c, v2, eta, L) if L else math.nan
+        eta, (L, L_half), c, v2 = (p[name] for name in ("eta", "L", "c", "v2"))
+        for slope, style, name in ((p["slope_g"] / p["g2"] * c, "k-", "c of the minibatch"),
+                                   (p["slope_m"], "k--", "slope on held-out samples")):  # fmt: skip
+            line = [100 * (occ.delta_mtp(x, c, v2, eta, L) + eta * x * (slope - c)) for x in grid]
+            axis.plot(grid, line, style, label=name)
+        lam = (p["slope_m"] - L * eta * c) / (L * eta * v2) if L > 0 else math.nan
         if LAMBDAS[0] < lam < LAMBDAS[-1]:
-            axis.axvline(lam, color="k", linestyle=":", label="λ* of the bound")
-        axis.set(
-            title=f"step {p['step']}",
-            xlabel="λ",
-            ylabel="change of J against λ = 0, points",
-            ylim=(low - (high - low) / 2, high + (high - low) / 2),
-        )
+            axis.axvline(lam, color="k", linestyle=":", label="λ*")
+        axis.set(title=f"step {p['step']}", xlabel="λ", ylabel="change of J against λ = 0, points",
+                 ylim=(low - (high - low) / 2, high + (high - low) / 2))  # fmt: skip
         axis.grid(alpha=0.3)
-        said.append(f"step {p['step']}: Lη = {L * eta:.2f}, λ* = {lam:.2f}, c/v² = {p['lam_star']:.2f}; RL alone gains "
+        best = "no λ*: L is not above 0" if math.isnan(lam) else f"λ* = {lam:.2f}"
+        said.append(f"step {p['step']}: Lη = {cell((L * eta, L_half * eta), 2)}, {best}, c/v² = {p['lam_star']:.2f}, "
+                    f"slope along m {p['slope_m']:.4f} where c says {p['slope_g'] / p['g2'] * c:.4f}; λ = 0 gains "
                     f"{cell(p['plain']['alone'], 2)} (plain), {cell(p['adam']['alone'], 2)} (Adam)")  # fmt: skip
     if points:
         axes[0].legend(fontsize="small")
-    return f"Runs: occ (n = {min(len(points), 1)}). {'; '.join(said)}."
+    return f"Runs: {label} (n = {min(len(points), 1)}). {'; '.join(said)}."
 
 
 def draw_proxies(figure, runs, extra):
@@ -1214,14 +1277,26 @@ def draw_proxies(figure, runs, extra):
         points = [
             (r[f"occ/{name}"], r["occ/lam_star"]) for g in groups.values() for run in g for r in run if "occ/c" in r
         ]
-        if points:
-            x, y = zip(*points)
-            axis.plot(x, y, ".", color=f"C{i}", ms=3)
-            titles.append(f"{title} {pearson(x, y):.2f} and {spearman(x, y):.2f}")
+        axis.plot(*(zip(*points) if points else ([], [])), ".", color=f"C{i}", ms=3)
+        titles += [f"{title} {', '.join(cells)}" for cells in [fidelity(groups.get("occ", []), name)] if cells]
         axis.set(title=title, xlabel="λ of the proxy", ylabel="exact λ*")
     for axis in axes:
         axis.grid(alpha=0.3)
-    return f"{counts(groups)} Pearson and Spearman over all probes: {', '.join(titles)}."
+    what = "Over seeds, Pearson and Spearman with λ*, and Spearman with c across halves over v²"
+    return f"{counts(groups)} {what}: {'; '.join(titles)}."
+
+
+def fidelity(seeds, name):
+    """Three cells: Pearson and Spearman of a proxy with λ* over the probes of a run, and Spearman with c_split/v²,
+    which has not the proxy's noise (but its own, which lowers it); mean and interval over runs."""
+    found = []
+    for records in seeds:
+        probes = [r for r in records if "occ/c_split" in r and r["occ/v2"] > 0]
+        if len(probes) > 2:
+            x, y = [r[f"occ/{name}"] for r in probes], [r["occ/lam_star"] for r in probes]
+            free = [r["occ/c_split"] / r["occ/v2"] for r in probes]
+            found.append((pearson(x, y), spearman(x, y), spearman(x, free)))
+    return [cell(over_seeds(values), 2) for values in zip(*found)]
 
 
 def draw_speed(figure, runs, extra):
@@ -1229,7 +1304,7 @@ def draw_speed(figure, runs, extra):
 
     Bars: median, with the smallest and the largest. The paper reports 0.995 for OCC and 5.6 for exact gradients.
     """
-    ratios, axis = extra.get("speed", {}), figure.subplots()
+    ratios, axis = extra.get("speed", {}).get("found", {}), figure.subplots()
     middle = {name: statistics.median(r) for name, r in ratios.items()}
     spread = [[abs(end(r) - middle[name]) for name, r in ratios.items()] for end in (min, max)]
     axis.bar(list(middle), list(middle.values()), yerr=spread, capsize=3, color="C0")
@@ -1277,33 +1352,32 @@ def ceiling(cos, lr):
 def draw_ceiling(figure, runs, extra):
     """How much MTP with the best λ could add to a step, in % of what RL alone gains.
 
-    Lines: the ceiling cos² (1 − Lη)²/(Lη (2 − Lη)) of the bound by thirds of training, solid with plain c, dashed with
-    c across halves; means over seeds; missing where Lη is not between 0 and 1. Squares: the largest measured gain over
-    the λ of figure 4 (the best of several, so biased upwards). Look at the order of magnitude.
+    Lines: the ceiling cos² (1 − Lη)²/(Lη (2 − Lη)) of the bound by thirds of training, from c, ‖g‖² and v² of the
+    minibatches themselves, mean over seeds: c holds the noise that g and m share, so this is a ceiling of the ceiling;
+    missing where Lη is not between 0 and 1. Squares: measured on held-out samples, the largest gain over the λ of
+    figure 4 (the best of several, so biased upwards), where RL alone gains more than its interval. Below: how much of c
+    is left across halves. Look at the order of magnitude.
     """
-    axis, said, points = figure.subplots(), [], extra.get("parabola", [])
+    axis, said, points = figure.subplots(), [], extra.get("parabola", {}).get("found", [])
     groups = some(runs, ["policy", "occ", "exact", "exact-ce"])
     for label, g in groups.items():
         thirds = []
         for third in range(3):
-            mean = {
-                n: sum(in_thirds(r, f"occ/{n}")[third] for r in g) / len(g)
-                for n in ("c", "c_split", "g2", "v2", "L", "eta")
-            }
+            mean = {n: sum(in_thirds(r, f"occ/{n}")[third] for r in g) / len(g) for n in ("c", "g2", "v2", "L", "eta")}
             lr = mean["L"] * mean["eta"]
-            norms = (mean["g2"] * mean["v2"]) ** 0.5 or math.nan
-            thirds.append((lr, ceiling(mean["c"] / norms, lr), ceiling(mean["c_split"] / norms, lr)))
-        end = g[0][-1]["step"]
-        x = [end * (i + 0.5) / 3 for i in range(3)]
-        axis.plot(x, [100 * plain for _, plain, _ in thirds], "o-", color=COLORS[label], label=f"{label}: ceiling")
-        axis.plot(x, [100 * split for _, _, split in thirds], "o--", color=COLORS[label])
-        said.append(f"{label}: Lη " + ", ".join(f"{lr:.2f}" for lr, _, _ in thirds))
+            thirds.append((lr, 100 * ceiling(mean["c"] / ((mean["g2"] * mean["v2"]) ** 0.5 or math.nan), lr)))
+        x = [g[0][-1]["step"] * (i + 0.5) / 3 for i in range(3)]
+        axis.plot(x, [y for _, y in thirds], "o-", color=COLORS[label], label=label)
+        left = over_seeds(sum(in_thirds(r, "occ/c_split")) / sum(in_thirds(r, "occ/c")) for r in g)
+        said.append(f"{label}: Lη {', '.join(f'{lr:.2f}' for lr, _ in thirds)}, ceiling "
+                    f"{', '.join(f'{y:.1f}' for _, y in thirds)} %, of c across halves {cell(left, 2)}")  # fmt: skip
     for p in points:
-        gain, half = max(p["plain"]["more"])
-        alone = p["plain"]["alone"][0]
-        if alone > 0:
+        (alone, alone_half), (gain, half) = p["plain"]["alone"], max(p["plain"]["more"])
+        if alone > alone_half:
             axis.errorbar(p["step"], 100 * gain / alone, 100 * half / alone, fmt="ks", capsize=3)
-            said.append(f"realised at step {p['step']}, best λ: {100 * gain / alone:.1f} ± {100 * half / alone:.1f} %")
+        said.append(
+            f"step {p['step']}: RL alone {cell((alone, alone_half), 2)} points, the best λ adds {cell((gain, half), 3)}"
+        )
     axis.set(title="What MTP could add to a step", xlabel="step", ylabel="% of what RL alone gains", yscale="symlog")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
@@ -1311,16 +1385,18 @@ def draw_ceiling(figure, runs, extra):
 
 
 def draw_drafter(figure, runs, extra):
-    """Share of the sampled tokens that a speculative sampler drafting from head 1 would accept (mean of min(1, q/p)).
+    """Share of tokens that a speculative sampler drafting from head 1 would accept (mean of min(1, q/p)).
 
-    Left: against steps, mean over seeds, band: 95 %. Right: against the entropy of the policy, nats a token, a point a
-    step, mean over seeds. Look at which regimes keep their drafter, and whether entropy alone explains it.
+    Of the responses that are trained on: those to prompts whose samples differ in reward. Left: against steps, mean
+    over seeds, band: 95 %. Right: against the entropy of the policy, nats a token of all responses, a point a block of
+    steps. Look at which regimes keep their drafter, and whether entropy alone explains it.
     """
     groups, ends = some(runs, MAIN), []
     axes = figure.subplots(1, 2)
     draw_lines(axes[0], groups, logged("mtp/agreement_1"))
     for label, g in groups.items():
-        (_, x, _), (_, y, _) = (series(g, logged(name)) for name in ("actor/entropy", "mtp/agreement_1"))
+        both = [[r for r in run if "mtp/agreement_1" in r and "actor/entropy" in r] for run in g]
+        (_, x, _), (_, y, _) = (series(both, logged(name)) for name in ("actor/entropy", "mtp/agreement_1"))
         axes[1].plot(x, y, ".-", color=COLORS[label], linewidth=0.5)
         ends.append(f"{label} {cell(over_seeds(in_thirds(r, 'mtp/agreement_1')[2] for r in g), 2)}")
     axes[0].set(title="Head 1 as a drafter", xlabel="step", ylabel="share of tokens accepted", ylim=(0, 1))
@@ -1338,12 +1414,17 @@ FIGURES = {
 }  # fmt: skip
 
 
-def draw(out):
+def draw(out, steps=None):
     """Every figure with its caption, a sheet of all of them, and every table, from the runs that lie in `out`."""
-    plt, out, runs = pyplot(), Path(out), finished_runs(out)
+    plt, out, extra = pyplot(), Path(out), {}
+    runs, left_out = finished_runs(out, steps)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     if not runs:
         raise ValueError(f"{out}: no finished run to draw")
-    extra = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    for path in (out / "parabola.json", out / "speed.json"):
+        if path.exists():
+            extra[path.stem] = json.loads(path.read_text())
     sheet = plt.figure(figsize=(30, 30), layout="constrained")
     for (name, function), part in zip(FIGURES.items(), sheet.subfigures(5, 2).flat):
         figure = plt.figure(figsize=(15, 5), layout="constrained")
@@ -1359,6 +1440,8 @@ def draw(out):
 
 def cell(interval, digits=1):
     mean, half = interval
+    if math.isnan(mean):
+        return "–"
     return f"{mean:.{digits}f} (n = 1)" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
@@ -1385,14 +1468,12 @@ def write_tables(out, runs, extra):
     rows = []
     for label, seeds in runs.items():
         for name, title in PROXIES.items():
-            found = []
-            for records in seeds.values():
-                probes = [(r[f"occ/{name}"], r["occ/lam_star"]) for r in records if "occ/c" in r]
-                if len(probes) > 2:
-                    found.append([f(*zip(*probes)) for f in (pearson, spearman)])
-            if found:
-                rows.append([label, title, len(found), *(cell(over_seeds(x), 2) for x in zip(*found))])
-    write_table(out / "proxies", ["regime", "proxy", "n", "Pearson with λ*", "Spearman with λ*"], rows)
+            cells = fidelity(seeds.values(), name)
+            if cells:
+                rows.append([label, title, len(seeds), *cells])
+    write_table(
+        out / "proxies", ["regime", "proxy", "n", "Pearson with λ*", "Spearman with λ*", "with c_split/v²"], rows
+    )
 
 
 def write_table(path, head, rows):

@@ -33,7 +33,7 @@ from model import COMPACT, Block, KVCache, Samples, choose, read_prompts
 
 CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32
 AUTO_LOGITS = 2**23  # "auto" is naive up to here: 32 MiB, above which glibc maps and faults in every temporary afresh
-DZ_BYTES = 2**25  # of dz held at a time by impl="triton"
+DZ_BYTES = 2**26  # of dz held at a time by impl="triton"
 
 
 class Head(nn.Module):
@@ -135,29 +135,34 @@ class Speculator:
     A round: head 1 drafts a token from the trunk's last state and the last token, head k the k-th; beyond the last head
     (sequential ones only), that one goes on by itself, its own output in the place of the state below it. The trunk
     reads the last token and all drafts in one pass, drafts are accepted from the left, and one more token comes out of
-    the trunk. Caches need no rewinding: what was written for a rejected draft lies to the right of every later query,
-    until it is overwritten.
+    the trunk. No cache is rewound: a query sees the columns up to its own position, and those that were written for
+    rejected drafts are written again before they are seen. Head k at position i has read tokens up to i+k; so when
+    the last token is n, and was at least n-K-1 a round ago, the states of head k from n-K-k on may be of rejected
+    drafts: all heads make those of n-K-D..n-1 again (K drafts, D heads).
     """
 
     def __init__(self, heads, drafts):
         self.heads, self.drafts, self.depth = heads, drafts, min(drafts, len(heads.heads))
         if not heads.sequential and drafts > self.depth:
             raise ValueError(f"--speculative {drafts}: must be at most --mtp_depth {self.depth} with parallel heads")
-        self.counts = torch.zeros(drafts + 3)  # accepted drafts of each depth; rounds, tokens, passes of the trunk
+        self.counts = torch.zeros(drafts + 3)  # drafts of each depth that came out; rounds, their tokens; first tokens
 
     def metrics(self, total=lambda x: x):
-        """Since the last call: spec/accept_rate_k, the share of rounds whose k-th draft was accepted; spec/accept_len,
-        tokens a round, the trunk's own included; spec/tokens_per_call, the same with the prompts' passes."""
-        *accepted, rounds, tokens, calls = total(self.counts).tolist()
+        """Since the last call: spec/accept_rate_k, the share of rounds whose k-th draft came out; spec/accept_len,
+        tokens a round, the trunk's own included; spec/tokens_per_call, the same with the prompts' passes and the tokens
+        that these gave."""
+        *accepted, rounds, tokens, firsts = total(self.counts).tolist()
         self.counts = torch.zeros_like(self.counts)
         rates = {f"spec/accept_rate_{k}": n / max(rounds, 1) for k, n in enumerate(accepted, 1)}
-        length = 1 + sum(accepted) / max(rounds, 1)
-        return rates | {"spec/accept_len": length, "spec/tokens_per_call": tokens / max(calls, 1)}
+        calls = rounds + firsts
+        return rates | {"spec/accept_len": tokens / max(rounds, 1),
+                        "spec/tokens_per_call": (tokens + firsts) / max(calls, 1)}  # fmt: skip
 
     @torch.no_grad()
     def generate(self, model, prompts, num_generations, max_new_tokens, eos, temperature, u_BR3, keep_hidden=False):
         """Arguments and result of model.generate, but for three uniform numbers a token: for its draft, for accepting
-        it, and for sampling it otherwise. Each is looked at once, so a sample depends on nothing else in its batch."""
+        it, and for sampling it otherwise. A number may be read again in a later round, but only if all that it decided
+        before was thrown away: the distribution is the trunk's. A sample depends on nothing else in its batch."""
         G, R, K, D = num_generations, max_new_tokens, self.drafts, self.depth
         prompt_PT, length_P, h_PTC, cache = read_prompts(model, prompts, R)
         (P, longest), device = prompt_PT.shape, prompt_PT.device
@@ -190,7 +195,7 @@ class Speculator:
         tokens[row, n], logp[row, n] = choose(model.logits(states[0, row, n - 1]), temperature, u[row, 0, 2])
         mask[row, n] = True
         alive = (tokens[row, n] != eos) & (R > 1)
-        self.counts[-2:] += len(row)
+        self.counts[-1] += len(row)
         while alive.any():
             if alive.float().mean() < COMPACT:
                 end = int(n.max())
@@ -198,18 +203,17 @@ class Speculator:
                     some.keep(alive.nonzero().squeeze(1), end=end)
                 row, first, n, alive = row[alive], first[alive], n[alive], alive[alive]
             end, log_q = min(int(n.max()) + K + 1, T), []
+            window = (n[:, None] + torch.arange(-K - D, 0, device=device)).clamp(min=0)
             uniform = lambda offset, which: u[row, (n + offset - first).clamp(max=R - 1), which]
             for k in range(1, K + 1):  # draft
-                if k <= D:  # the window holds all positions whose tokens were unknown a round ago
-                    h = head_of_states(k, (n[:, None] + torch.arange(-K - D, 0, device=device)).clamp(min=0), end)[
-                        :, -1:
-                    ]
+                if k <= D:
+                    h = head_of_states(k, window, end)[:, -1:]
                 else:
                     h = head(D, h, (n + k - D - 1).clamp(max=T - 1)[:, None], end)
                 log_q.append(F.log_softmax(model.logits(h[:, 0]) / (temperature or 1.0), -1))
                 tokens[row, n + k], _ = choose(log_q[-1], temperature and 1.0, uniform(k, 0))
             at = row[:, None], n[:, None] + 1 + j  # where the new tokens go
-            pos = (n[:, None] + j).clamp(max=T - 1)
+            pos = (n[:, None] + j).clamp(max=T - 1)  # beyond it nobody reads on: the limit comes first
             h = model.hidden(tokens[row[:, None], n[:, None] + j], cache, pos, end)  # verify
             states[0, row[:, None], pos] = h.float()
             log_p, log_q = F.log_softmax(model.logits(h) / (temperature or 1.0), -1), torch.stack(log_q, 1)
@@ -227,8 +231,8 @@ class Speculator:
             tokens[at], mask[at] = new * kept, kept
             logp[at] = log_p.gather(-1, new[..., None]).squeeze(-1) * kept
             made = kept.sum(1)
-            self.counts += torch.cat(((good * alive[:, None]).sum(0), alive.sum()[None], made.sum()[None],
-                                      alive.sum()[None])).cpu()  # fmt: skip
+            came_out = (good.bool() & kept[:, :K]).sum(0)
+            self.counts[:-1] += torch.cat((came_out, alive.sum()[None], made.sum()[None])).cpu()
             n = n + made
             alive = alive & ~(ended & kept).any(1) & (n + 1 < first + R)
         end = int(mask.any(0).nonzero().max()) + 1
@@ -248,15 +252,15 @@ class Speculator:
 # the targets and lse alone, and make z again in the backward, some columns of V at a time: 8·N·C·V FLOPs, a third more,
 # and N·V numbers less of memory, three times over. Bytes that must move: h and W in, dh and dW out, twice with the
 # backward; with C in the hundreds the products outweigh them many times. Rows with g = 0 have no gradient and are left
-# out of the backward: exact, and it saves in proportion. Sums are deterministic: no atomics. Sums over
-# v, and dh and dW over all their terms, are in float32 whatever the dtype of h; p is never rounded before it is used.
+# out of the backward: exact, and it saves in proportion. Sums are deterministic: no atomics. z, p, lse and all sums are
+# float32 whatever the dtype of h; only dz of the Triton path is rounded, to bfloat16 where h is, for the tensor cores.
 
 
-def pick_impl(impl, n_tokens, vocab_size, device="cpu"):
+def pick_impl(impl, n_tokens, vocab_size, device="cpu", dtype=torch.float32):
     """The implementation that runs for N tokens and a vocabulary of V: `impl` itself unless it is "auto"."""
     if impl != "auto":
         return impl
-    if torch.device(device).type == "cuda" and not why_no_triton("cuda"):
+    if torch.device(device).type == "cuda" and dtype != torch.float64 and not why_no_triton("cuda"):
         return "triton"
     return "naive" if n_tokens * vocab_size <= AUTO_LOGITS else "chunked"
 
@@ -264,16 +268,17 @@ def pick_impl(impl, n_tokens, vocab_size, device="cpu"):
 def linear_logp(h, weight, targets, temperature=1.0, impl="auto", rest=None, entropy=False):
     """log softmax(h @ weight.T / temperature)[targets], float32, with exact gradients for any upstream one per token.
 
-    h (..., C), weight (V, C), targets (...) -> logp (...). impl: "naive" holds all (N, V) logits; "chunked" no more
-    than CHUNK_LOGITS of them; "triton" none in the forward, and some columns in the backward; "auto" picks (pick_impl).
+    h (..., C), weight (V, C), targets (...) from 0 to V-1 -> logp (...). impl: "naive" holds all (N, V) logits;
+    "chunked" about CHUNK_LOGITS of them (64 columns at least); "triton" none in the forward, in the backward DZ_BYTES
+    of dz, and computes in the dtype of h (bfloat16, float16 or float32); "auto" picks one (pick_impl).
     rest: (n, weight_rest): rows from n on are scored by weight_rest, the same numbers as weight, and what they say
     about the weight becomes its gradient: one pass over W, two gradients. h then is (N, C). entropy: return (logp,
     entropy) instead, the latter (...) in nats and without a gradient. ValueError on an impl that cannot run here.
     """
-    impl = pick_impl(impl, targets.numel(), weight.size(0), h.device)
+    impl = pick_impl(impl, targets.numel(), weight.size(0), h.device, h.dtype)
     if impl not in ("naive", "chunked", "triton"):
         raise ValueError(f"impl: {impl!r} is unknown; allowed: auto, naive, chunked, triton")
-    if impl == "triton" and (why := why_no_triton(h.device.type)):
+    if impl == "triton" and (why := why_no_triton(h.device.type, h.dtype)):
         raise ValueError(f"impl: 'triton' cannot run here: {why}; allowed: auto, naive, chunked")
     split, weight_rest = rest or (targets.numel(), weight)
     with torch.autocast(h.device.type, enabled=False):
@@ -304,6 +309,11 @@ def _mm(a, b):
     return _float(a) @ _float(b)
 
 
+def _add_mm(total, a, b):
+    """total += a @ b, the same."""
+    return total.addmm_(a, b) if a.dtype == b.dtype == total.dtype else total.add_(_mm(a, b))
+
+
 class RecomputedLogp(torch.autograd.Function):
     """See above for the mathematics. The two implementations differ in who makes the statistics of z, and dz."""
 
@@ -321,7 +331,7 @@ class RecomputedLogp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_N, _):
         h_NC, weight, target_N, lse_N = ctx.saved_tensors
-        rows = g_N.nonzero().squeeze(1)  # the one number that a GPU's host has to wait for
+        rows = g_N.nonzero().squeeze(1)  # the host of a GPU waits here, for how many there are
         h_RC, target_R, lse_R, g_R = (x[rows] for x in (h_NC, target_N, lse_N, g_N))
         split = int((rows < ctx.split).sum())
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2] and ctx.two
@@ -329,7 +339,7 @@ class RecomputedLogp(torch.autograd.Function):
         dh_RC = torch.zeros_like(_float(h_RC))
         dz_of = triton_dz if ctx.impl == "triton" else chunked_dz
         for columns, dz in dz_of(h_RC, weight, target_R, lse_R, g_R / ctx.temperature, ctx.temperature):
-            dh_RC += _mm(dz, weight[columns].to(dz.dtype))
+            _add_mm(dh_RC, dz, weight[columns].to(dz.dtype))
             for part, dW in zip((slice(0, split), slice(split, None)), dWs):
                 if dW is not None:
                     dW[columns] = _mm(dz[part].T, h_RC[part].to(dz.dtype))
@@ -340,9 +350,9 @@ class RecomputedLogp(torch.autograd.Function):
 # "chunked": torch alone. Columns, not rows, are what is cut: each row of dW is then written once.
 
 
-def columns_of(n_tokens, vocab_size, logits):
-    """Slices of the vocabulary for which N rows have about `logits` logits, of 64 columns at least."""
-    width = max(logits // max(n_tokens, 1), 64)
+def columns_of(n_tokens, vocab_size, logits, least=64):
+    """Slices of the vocabulary for which N rows have about `logits` logits: a multiple of `least` columns."""
+    width = max(logits // max(n_tokens, 1) // least, 1) * least
     return [slice(a, min(a + width, vocab_size)) for a in range(0, vocab_size, width)]
 
 
@@ -393,8 +403,10 @@ def chunked_dz(h_RC, weight, target_R, lse_R, g_R, temperature):
 # first needed; its compiler, or its interpreter (TRITON_INTERPRET=1), then takes the place of these three functions.
 
 tl = None  # triton.language
-TILE = dict(ROWS=128, COLUMNS=128, CHANNELS=64)  # of a program; on sm_90 no register spills, and tensor cores are used
-LAUNCH = dict(num_warps=8, num_stages=4)
+# Of a program, by the bytes of a number: on sm_90 no register spills; of 2 bytes, tensor cores are used. float32 is
+# multiplied as it is, without them, in tiles that fit into the shared memory of smaller GPUs.
+TILES = {2: dict(ROWS=128, COLUMNS=128, CHANNELS=64), 4: dict(ROWS=64, COLUMNS=64, CHANNELS=32)}
+LAUNCH = {2: dict(num_warps=8, num_stages=4), 4: dict(num_warps=4, num_stages=2)}
 PROGRAMS = 264  # at least, so that few rows fill a GPU too: their columns are then split
 
 
@@ -471,8 +483,10 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_no_triton(device):
+def why_no_triton(device, dtype=torch.float32):
     """Why impl="triton" cannot run for tensors on a device: "" if it can."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it has no {dtype}"
     if device != "cuda" and not interpreted():
         return f"tensors are on the {device}, not on cuda"
     try:
@@ -486,7 +500,12 @@ def launch(kernel, programs, h_NC, *args, **flags):
     """Run a kernel on so many programs. Its interpreter multiplies bfloat16 wrongly: there, tiles are upcast first."""
     where = torch.cuda.device(h_NC.device) if h_NC.is_cuda else contextlib.nullcontext()
     with where:
-        kernel[(programs,)](h_NC, *args, UPCAST=interpreted(), **flags, **TILE, **LAUNCH)
+        size = h_NC.element_size()
+        try:
+            kernel[(programs,)](h_NC, *args, UPCAST=interpreted(), **flags, **TILES[size], **LAUNCH[size])
+        except Exception as error:  # no compiler, too little shared memory, ...
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"impl: 'triton' failed on this machine ({said}); choose naive or chunked") from error
 
 
 def triton_statistics(h_NC, weight, target_N, temperature, entropy):
@@ -494,9 +513,9 @@ def triton_statistics(h_NC, weight, target_N, temperature, entropy):
     (N, C), V = h_NC.shape, len(weight)
     if N == 0:
         return torch.zeros(3, 0, device=h_NC.device)
-    tiles = -(-N // TILE["ROWS"])
-    pieces = -(-V // TILE["COLUMNS"])
-    width = -(-pieces // min(-(-PROGRAMS // tiles), pieces)) * TILE["COLUMNS"]
+    tile = TILES[h_NC.element_size()]
+    tiles, pieces = -(-N // tile["ROWS"]), -(-V // tile["COLUMNS"])
+    width = -(-pieces // min(-(-PROGRAMS // tiles), pieces)) * tile["COLUMNS"]
     splits = -(-V // width)
     out = torch.empty(splits, 4, N, device=h_NC.device)
     h, W = h_NC.contiguous(), weight.to(h_NC.dtype).contiguous()
@@ -510,14 +529,16 @@ def triton_statistics(h_NC, weight, target_N, temperature, entropy):
 
 
 def triton_dz(h_RC, weight, target_R, lse_R, g_R, temperature):
-    """As chunked_dz, dz in the dtype of h: at most DZ_BYTES of it at a time."""
-    (R, C), h, W = h_RC.shape, h_RC.contiguous(), weight.to(h_RC.dtype).contiguous()
-    chunks = columns_of(R, len(W), DZ_BYTES // h.element_size())
-    buffer = h.new_empty(R * (chunks[0].stop - chunks[0].start))
+    """As chunked_dz, about DZ_BYTES of dz at a time: bfloat16 if h is, else float32, because gradients of a mean over
+    many tokens are too small for float16."""
+    (R, C), h, W, tile = h_RC.shape, h_RC.contiguous(), weight.to(h_RC.dtype).contiguous(), TILES[h_RC.element_size()]
+    dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
+    chunks = columns_of(R, len(W), DZ_BYTES // dtype.itemsize, tile["COLUMNS"])
+    buffer = h.new_empty(R * (chunks[0].stop - chunks[0].start), dtype=dtype)
     for columns in chunks:
         n = columns.stop - columns.start
         dz = buffer[: R * n].view(R, n)
-        programs = -(-R // TILE["ROWS"]) * -(-n // TILE["COLUMNS"])
+        programs = -(-R // tile["ROWS"]) * -(-n // tile["COLUMNS"])
         if programs:
             args = target_R.contiguous(), lse_R, g_R.float(), dz, R, C, columns.start, columns.stop, 1 / temperature
             launch(kernels()[1], programs, h, W, *args)

@@ -157,6 +157,10 @@ class Config:
             self.speculative <= most,
             f"at most {most}: --regime off drafts nothing, parallel heads one each",
         )
+        need("mtp_learn", self.mtp_learn is None or self.regime != "off", "left out with --regime off: it has no heads")
+        cuda = self.device != "cpu" and torch.cuda.is_available()
+        why = mtp.why_no_triton("cuda" if cuda else "cpu") if self.logp_impl == "triton" else ""
+        need("logp_impl", not why, f"auto, naive or chunked here: {why}")
         need("dual_clip", algo.dual_clip > 1, "above 1")
         need("device", self.device != "cuda" or torch.cuda.is_available(), "cpu here: torch finds no CUDA")
         _, solution = rl.longest(rl.suites_of(self.task), self.difficulty)

@@ -379,7 +379,7 @@ def scripted(monkeypatch, rewards, algo):
     """rl.collect on numbered problems, with a sampler whose rewards follow the script."""
     rewards = iter(rewards)
 
-    def rollout(model, tok, problems, G, R, temperature, generator, keep_hidden):
+    def rollout(model, tok, problems, G, R, temperature, generator, keep_hidden, spec):
         reward = torch.tensor([next(rewards) for _ in problems])
         tokens = torch.tensor([[int(p), 9, 9] for p in problems]).repeat_interleave(G, 0)
         mask = torch.tensor([[False, True, True]]).expand_as(tokens)

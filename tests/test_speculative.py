@@ -133,11 +133,15 @@ def test_metrics_count_the_bonus_token_and_start_again():
     model, heads = tiny(vocab=5, depth=1)
     spec = mtp.Speculator(heads, 2)
     samples = spec.generate(model, [[1, 2]] * 50, 1, 8, 0, 1.0, torch.rand(50, 8, 3))
-    *accepted, rounds, tokens, calls = spec.counts.tolist()
+    *accepted, rounds, tokens, firsts = spec.counts.tolist()
     metrics = spec.metrics()
-    assert tokens == samples.mask_BT.sum() and calls == rounds + 50
-    assert metrics["spec/accept_len"] == pytest.approx(1 + sum(accepted) / rounds)
+    assert tokens + firsts == samples.mask_BT.sum() and firsts == 50
+    assert metrics["spec/accept_len"] == tokens / rounds > 1
+    assert metrics["spec/tokens_per_call"] == pytest.approx((tokens + 50) / (rounds + 50))
     assert metrics["spec/accept_rate_2"] == accepted[1] / rounds <= metrics["spec/accept_rate_1"]
+    # a round's tokens are its drafts that came out and one of the trunk's, unless the row ended with a draft
+    ended_with_a_draft = 1 + sum(accepted) / rounds - metrics["spec/accept_len"]
+    assert 0 <= ended_with_a_draft < 50 / rounds
     assert spec.counts.sum() == 0
 
 

@@ -35,25 +35,28 @@ sys.path.insert(0, sys.argv[1])
 import mtp
 
 statistics, dz = mtp.kernels()
-i, p = dict.fromkeys, "*bf16"
-inputs = dict(h=p, W=p, target="*i64")
-kernels = {
-    statistics: [dict(inputs, out="*fp32", N="i32", C="i32", V="i32", width="i32", scale="fp32"), dict(ENTROPY=False)],
-    dz: [dict(inputs, lse="*fp32", g="*fp32", dz=p, N="i32", C="i32", start="i32", end="i32", scale="fp32"), {}],
-}
-for kernel, (signature, flags) in kernels.items():
-    constants = {**flags, "UPCAST": False, **mtp.TILE}
-    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names)
-               if signature[name].startswith("*") or name in ("C", "V", "width", "start")}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=mtp.LAUNCH)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
-        usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
-    print(kernel.__name__, re.search(r"STACK:\\d+", usage)[0], "wgmma", compiled.asm["ptx"].count("wgmma.mma_async"))
+for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+    p = "*" + kind
+    inputs = dict(h=p, W=p, target="*i64")
+    shape = dict(N="i32", C="i32", start="i32", end="i32", scale="fp32")
+    kernels = {
+        statistics: [dict(inputs, out="*fp32", V="i32", width="i32", **shape), dict(ENTROPY=False)],
+        dz: [dict(inputs, lse="*fp32", g="*fp32", dz="*bf16" if kind == "bf16" else "*fp32", **shape), {}],
+    }
+    for kernel, (signature, flags) in kernels.items():
+        constants = {**flags, "UPCAST": False, **mtp.TILES[size]}
+        signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+        aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names)
+                   if signature[name].startswith("*") or name in ("C", "V", "width", "start")}
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=mtp.LAUNCH[size])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(compiled.asm["cubin"])
+            f.flush()
+            tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
+            usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
+        stack, wgmma = re.search(r"STACK:(\\d+)", usage)[1], compiled.asm["ptx"].count("wgmma.mma_async")
+        print(kind, kernel.__name__, stack, wgmma, compiled.metadata.shared)
 """
 
 
@@ -65,16 +68,20 @@ def test_the_kernels_compile_for_sm_90_without_spills_and_with_tensor_cores(tmp_
     script.write_text(COMPILE)
     done = subprocess.run([sys.executable, str(script), str(ROOT)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.split("\n")[:-1]
-    assert len(lines) == 2
-    for line in lines:
-        assert "STACK:0 " in line and int(line.split()[-1]) > 0, line
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 6
+    for kind, kernel, stack, wgmma, shared in rows:
+        assert stack == "0" and (int(wgmma) > 0 or kind == "fp32"), (kind, kernel)
+        # the shared memory of sm_90, and of small GPUs
+        assert int(shared) <= (227 if kind != "fp32" else 99) * 1024, (kind, kernel)
 
 
 def test_a_forced_triton_that_cannot_run_says_why(monkeypatch):
     args = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])
     with pytest.raises(ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"):
         mtp.linear_logp(*args, impl="triton")
+    with pytest.raises(ValueError, match="it has no torch.float64"):
+        mtp.linear_logp(args[0].double(), args[1].double(), args[2], impl="triton")
 
     def missing():
         raise ImportError("No module named 'triton'")
@@ -86,6 +93,20 @@ def test_a_forced_triton_that_cannot_run_says_why(monkeypatch):
     assert mtp.pick_impl("auto", 1, 300, "cuda") == "naive"  # a fallback, logged as mtp/logp_impl
     monkeypatch.setattr(mtp, "kernels", lambda: None)
     assert mtp.pick_impl("auto", 1, 300, "cuda") == "triton"
+    assert mtp.pick_impl("auto", 1, 300, "cuda", torch.float64) == "naive"
+
+
+def test_a_launch_that_fails_says_what_to_choose(monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(mtp, "kernels", lambda: (Kernel(), Kernel()))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(
+        ValueError, match="'triton' failed on this machine .RuntimeError: out of resource.*naive or chun"
+    ):
+        mtp.linear_logp(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), impl="triton")
 
 
 def test_importing_mtp_does_not_import_triton():

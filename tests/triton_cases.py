@@ -25,7 +25,7 @@ ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(mtp, "TILE", dict(ROWS=16, COLUMNS=32, CHANNELS=16))
+    monkeypatch.setattr(mtp, "TILES", {size: dict(ROWS=16, COLUMNS=32, CHANNELS=16) for size in (2, 4)})
     monkeypatch.setattr(mtp, "PROGRAMS", 6)
     monkeypatch.setattr(mtp, "DZ_BYTES", 4 * 37 * 70)
 
@@ -48,6 +48,21 @@ def test_against_float64(case, dtype):
         # rounding of the inputs' dtype, and in float32 of exp(z - lse), whose relative error is that of z
         allowed = 2 * ROUNDING[dtype] + 2**-24 * 10 * max(scale, 1)
         assert (got.double() - want).norm() <= allowed * want.norm()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("scale", (1e-6, 1.0, 1e5))
+def test_any_upstream_gradient(scale, dtype):
+    """That of a mean over a million tokens is no less exact than one of size 1."""
+    h, W = (torch.randn(n, 16).to(dtype).requires_grad_() for n in (20, 50))
+    targets, upstream = torch.randint(0, 50, (20,)), torch.randn(20) * scale
+    _, dh, dW = exact(h, W, targets, upstream, 1.0)
+    grads = torch.autograd.grad(mtp.linear_logp(h, W, targets, impl="triton"), (h, W), upstream)
+    if dtype == torch.float16:  # its own range ends at 65504, and below 6e-5 it has fewer digits
+        dh, dW = dh.half().double(), dW.half().double()
+    for got, want in zip(grads, (dh, dW)):
+        ok = want.isfinite()
+        assert (got.double() - want)[ok].norm() <= (2 * ROUNDING[dtype] + 2**-20) * want[ok].norm() and ok.any()
 
 
 def test_targets_in_every_tile_and_repeated():
