@@ -694,7 +694,7 @@ def plot_growth(growth, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # The reproduction: train every regime on several seeds, then draw figures and write tables from what was logged
 
-SETTING = dict(lr=2e-4, eval_k=32, probe_every=5, save_every=25)  # chosen on seeds from 100 on, see .github/RESULTS.md
+SETTING = dict(eval_k=32, probe_every=5, save_every=25)  # all else as in train.py
 SMOKE = dict(task="add,sub", difficulty=1, n_layer=2, pretrain_steps=100, pretrain_batch=64, steps=10)  # --fast
 SMOKE |= dict(prompts_per_step=8, probe_every=2, eval_every=2, eval_problems=4, eval_k=4)
 REPRODUCED = {  # the first is what the others are compared with
@@ -1112,12 +1112,17 @@ def lines_of(figure, groups, panels, points=BLOCKS):
             draw_lines(axis, groups, value, scale, style, points=points)
         axis.set(title=title, xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    legend(axes[0])
     return axes
 
 
 def logged(name):
     return lambda record: record.get(name)
+
+
+def legend(axis):
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small")
 
 
 def draw_scores(figure, runs, extra):
@@ -1129,7 +1134,7 @@ def draw_scores(figure, runs, extra):
     groups, axes = some(runs, MAIN), figure.subplots(1, 2)
     draw_lines(axes[0], groups, logged("eval/score"))
     axes[0].set(title="Held-out score", xlabel="step", ylabel="avg@k, points of 100")
-    axes[0].legend(fontsize="small")
+    legend(axes[0])
     gaps = {label: gaps_to_detach(runs[label], runs.get("detach", {})) for label in groups if label != "detach"}
     draw_lines(axes[1], {label: gap for label, gap in gaps.items() if gap}, logged("gap"))
     axes[1].axhline(0, color=COLORS["detach"], linewidth=1)
@@ -1254,8 +1259,7 @@ def draw_parabola(figure, runs, extra):
         said.append(f"step {p['step']}: Lη = {cell((L * eta, L_half * eta), 2)}, {best}, c/v² = {p['lam_star']:.2f}, "
                     f"slope along m {p['slope_m']:.4f} where c says {p['slope_g'] / p['g2'] * c:.4f}; λ = 0 gains "
                     f"{cell(p['plain']['alone'], 2)} (plain), {cell(p['adam']['alone'], 2)} (Adam)")  # fmt: skip
-    if points:
-        axes[0].legend(fontsize="small")
+    legend(axes[0])
     return f"Runs: {label} (n = {min(len(points), 1)}). {'; '.join(said)}."
 
 
@@ -1272,7 +1276,7 @@ def draw_proxies(figure, runs, extra):
         draw_lines(axes[0], lines, logged(f"occ/{name}"), color=f"C{i}", points=BLOCKS)
     axes[0].set_yscale("symlog", linthresh=0.05)
     axes[0].set(title="occ: each proxy and λ*", xlabel="step", ylabel="λ")
-    axes[0].legend(fontsize="small")
+    legend(axes[0])
     for i, (axis, (name, title)) in enumerate(zip(axes[1:], PROXIES.items()), 1):
         points = [
             (r[f"occ/{name}"], r["occ/lam_star"]) for g in groups.values() for run in g for r in run if "occ/c" in r
@@ -1339,7 +1343,7 @@ def draw_sweep(figure, runs, extra):
             if not math.isnan(h):
                 axis.axhspan(m - h, m + h, color=COLORS[label], alpha=0.12)
     axis.set(title="Fixed λ against OCC", xlabel="λ", ylabel="score, points of 100", xscale="log" if lams else "linear")
-    axis.legend(fontsize="small")
+    legend(axis)
     axis.grid(alpha=0.3)
     return f"{counts(groups)} {', '.join(f'{label} {cell(end)}' for label, end in ends.items())}."
 
@@ -1369,8 +1373,9 @@ def draw_ceiling(figure, runs, extra):
         x = [g[0][-1]["step"] * (i + 0.5) / 3 for i in range(3)]
         axis.plot(x, [y for _, y in thirds], "o-", color=COLORS[label], label=label)
         left = over_seeds(sum(in_thirds(r, "occ/c_split")) / sum(in_thirds(r, "occ/c")) for r in g)
-        said.append(f"{label}: Lη {', '.join(f'{lr:.2f}' for lr, _ in thirds)}, ceiling "
-                    f"{', '.join(f'{y:.1f}' for _, y in thirds)} %, of c across halves {cell(left, 2)}")  # fmt: skip
+        most = ", ".join("–" if math.isnan(y) else f"{y:.1f}" for _, y in thirds)
+        said.append(f"{label}: Lη {', '.join(f'{lr:.2f}' for lr, _ in thirds)}, ceiling {most} %, "
+                    f"of c across halves {cell(left, 2)}")  # fmt: skip
     for p in points:
         (alone, alone_half), (gain, half) = p["plain"]["alone"], max(p["plain"]["more"])
         if alone > alone_half:
@@ -1379,7 +1384,7 @@ def draw_ceiling(figure, runs, extra):
             f"step {p['step']}: RL alone {cell((alone, alone_half), 2)} points, the best λ adds {cell((gain, half), 3)}"
         )
     axis.set(title="What MTP could add to a step", xlabel="step", ylabel="% of what RL alone gains", yscale="symlog")
-    axis.legend(fontsize="small")
+    legend(axis)
     axis.grid(alpha=0.3)
     return f"{counts(groups)} {'; '.join(said)}."
 
@@ -1403,7 +1408,7 @@ def draw_drafter(figure, runs, extra):
     axes[1].set(title="and the entropy of the policy", xlabel="entropy, nats a token", ylim=(0, 1))
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    legend(axes[0])
     return f"{counts(groups)} Mean of the last third of training: {', '.join(ends)}."
 
 

@@ -75,7 +75,7 @@ class Config:
     regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the MTP heads learn, and how much of it reaches the trunk
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # rollouts
-    lr: float = 3e-4  # of Adam, for trunk and heads
+    lr: float = 2e-4  # of Adam, for trunk and heads
     prompts_per_step: int = 32  # prompts a rollout
     num_generations: int = 8  # samples a prompt
     updates_per_rollout: int = 4  # minibatches a rollout is cut into, one update each

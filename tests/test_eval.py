@@ -115,7 +115,7 @@ def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path
     }
     other = small("e", lr=1e-3)
     train.main(other)
-    assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0003", "occ lr=0.001"}
+    assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0002", "occ lr=0.001"}
     with pytest.raises(ValueError, match="seed 0 of 'occ' is there already; a band needs different seeds"):
         evaluation.group_runs([folders[0], folders[0]])
     monkeypatch.setattr(evaluation, "plot", PLOT)
@@ -280,7 +280,18 @@ def test_an_unfinished_run_is_left_out(tmp_path):
         shutil.copytree(FIXTURE / f"{label}-s0", tmp_path / f"{label}-s0")
     path = tmp_path / "occ-s0" / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert list(evaluation.finished_runs(tmp_path)) == ["detach"]
+    runs, left_out = evaluation.finished_runs(tmp_path)
+    assert list(runs) == ["detach"] and left_out == [f"{tmp_path}/occ-s0: not at step 10"]
+    (tmp_path / "ce-s0").mkdir()
+    (tmp_path / "ce-s0" / "metrics.jsonl").touch()  # damaged
+    shutil.copytree(FIXTURE / "detach-s1", tmp_path / "policy-s1")  # not what it says it is
+    (tmp_path / "mine-s0").mkdir()
+    (tmp_path / "mine-s0" / "metrics.jsonl").touch()  # somebody else's
+    runs, left_out = evaluation.finished_runs(tmp_path, steps=10)
+    assert list(runs) == ["detach"] and len(left_out) == 3
+    assert any("ce-s0/metrics.jsonl: empty" in line for line in left_out)
+    assert any("policy-s1: its settings are not those of policy" in line for line in left_out)
+    assert evaluation.finished_runs(tmp_path, steps=500)[0] == {}
     with pytest.raises(ValueError, match="no finished run to draw"):
         evaluation.draw(tmp_path / "detach-s0")
 
@@ -340,6 +351,10 @@ def test_claims_are_decided_by_their_rules():
         runs["occ"][seed] = run_of([10 + e] + [53 + 1.5 * e] * 9, lam=[x * (1 + e) for x in falls])
         runs["policy-0.1"][seed] = run_of([10 + e] + [52 + 1.4 * e] * 9)
     rows = evaluation.claims(runs, {"occ": [1.00, 1.01, 1.00, 1.005]})
+    assert [row[-1] for row in rows] == ["reproduced"] * (len(rows) - 1) + ["undecided"]  # not every λ has been run
+    for label in evaluation.SWEEP.values():
+        runs.setdefault(label, runs["policy-0.1"])
+    rows = evaluation.claims(runs, {"occ": [1.00, 1.01, 1.00, 1.005]})
     assert [row[-1] for row in rows] == ["reproduced"] * len(rows)
     assert [(name, n) for name, _, _, n, _, _ in rows if name in ("H1", "H5")] == [("H1", 4)] * 3 + [("H5", 4)]
     runs["occ"] = {seed: run_of([10.0] + [45.0 + seed / 10] * 9, lam=steady) for seed in range(4)}
@@ -358,13 +373,30 @@ def test_the_ceiling_is_the_bound_at_its_best_lambda():
 
 
 def test_terms_of_the_decomposition_use_the_mean_curvature_of_the_run():
-    probes = [
-        {"step": s, "occ/lam": 0.5, "occ/c": 2.0, "occ/v2": 4.0, "occ/eta": 0.1, "occ/L": L}
-        for s, L in ((2, 1.0), (4, 3.0))
-    ]
+    probe = {"occ/lam": 0.5, "occ/c": 2.0, "occ/c_split": 1.5, "occ/v2": 4.0, "occ/eta": 0.1}
+    probes = [{"step": s, "occ/L": L, **probe} for s, L in ((2, 1.0), (4, 3.0))]
     first, second = evaluation.with_terms([{"step": 1}, *probes])
-    assert first["first"] == pytest.approx(0.1 * 0.5 * (1 - 0.2) * 2) and first["second"] == pytest.approx(0.01)
+    assert first["paper"] == pytest.approx(0.1 * 0.5 * (1 - 0.2) * 2) and first["second"] == pytest.approx(0.01)
+    assert first["first"] == pytest.approx(0.1 * 0.5 * (1.5 - 0.2 * 2))  # the slope across halves, the step's own noise
     assert second["net"] == pytest.approx(2 * (first["first"] - first["second"])) and second["step"] == 4
+
+
+@pytest.mark.parametrize("label", ("detach", "occ", "policy-0.1"))
+def test_any_regime_can_be_drawn_alone(label, tmp_path):
+    shutil.copytree(FIXTURE / f"{label}-s0", tmp_path / f"{label}-s0")
+    evaluation.draw(tmp_path)
+    assert (tmp_path / "figures.png").exists()
+
+
+def test_a_measurement_is_made_once_and_again_when_it_is_another(tmp_path, monkeypatch):
+    calls, path = [], tmp_path / "speed.json"
+    monkeypatch.setattr(evaluation, "in_new_process", lambda function, *what: calls.append(what) or len(calls))
+    for what in ([1], [1], [2]):
+        evaluation.measure_once(path, None, what)
+    assert calls == [(1,), (2,)] and json.loads(path.read_text()) == {"of": [2], "found": 2}
+    path.write_text('{"of": [2], "fou')  # cut short
+    evaluation.measure_once(path, None, [2])
+    assert json.loads(path.read_text())["found"] == 3
 
 
 def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
@@ -385,8 +417,11 @@ def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
     assert {p.stem for p in out.glob("*.png")} == {*evaluation.FIGURES, "figures"}
     probes = [json.loads(line) for line in whole.splitlines() if '"occ/c"' in line]
     assert len(probes) == 5 and all(math.isfinite(r["occ/L"]) and r["occ/eta"] > 0 for r in probes)
-    points = json.loads((out / "parabola.json").read_text())
+    points = json.loads((out / "parabola.json").read_text())["found"]
     assert [p["step"] for p in points] == [1, 5, 9]
+    for p in points:  # the quadratic, fitted at three lengths of the step, meets what was measured at one of them
+        predicted = 100 * (p["eta"] * p["slope_g"] - p["L"][0] * p["eta"] ** 2 * p["g2"] / 2)
+        assert 0.5 < predicted / p["plain"]["alone"][0] < 1.5
     zero = evaluation.LAMBDAS.index(0.0)
     assert all(p[kind]["more"][zero] == [0, 0] for p in points for kind in ("plain", "adam"))
     (out / "ce-s0" / "ckpt.pt").unlink()

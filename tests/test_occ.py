@@ -124,7 +124,9 @@ def test_split_halves_remove_the_covariance_of_the_noise():
     c, m2 = (G @ M).item(), (M @ M).item()
     assert abs(mean(split) - c) < 4 * error(split) and abs(mean(v2_split) - m2) < 4 * error(v2_split)
     quarter = occ.split_terms(G / 4, M / 4, 3 * G / 4, 3 * M / 4, share=0.25)
-    assert quarter == pytest.approx({"c_split": c, "v2_split": m2, "g2_split": (G @ G).item()}, rel=1e-5)  # parts need not be halves
+    assert quarter == pytest.approx(
+        {"c_split": c, "v2_split": m2, "g2_split": (G @ G).item()}, rel=1e-5
+    )  # parts need not be halves
     assert mean(plain) - c == pytest.approx(100, rel=0.1) and mean(v2) - m2 == pytest.approx(125, rel=0.1)
 
 
