@@ -789,10 +789,8 @@ def plan(args):
             with contextlib.suppress(ValueError):  # nothing there, or damaged: train_one will say
                 found = read_metrics(cfg.out)[0]["config"]
             for name, value in dataclasses.asdict(cfg).items():
-                if found and name not in FREE and found.get(name) != value:
-                    raise ValueError(
-                        f"{cfg.out}: a run with --{name} {found.get(name)}, not {value}: name another --out"
-                    )
+                if name in found and name not in FREE and found[name] != value:
+                    raise ValueError(f"{cfg.out}: a run with --{name} {found[name]}, not {value}: name another --out")
             configs.append(cfg)
     return configs
 
@@ -821,7 +819,7 @@ def train_all(configs, jobs):
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
-            raise KeyboardInterrupt("; every run has saved; the same command goes on") from None
+            raise KeyboardInterrupt("(what trains has been saved; the same command goes on)") from None
     return failed
 
 
