@@ -253,6 +253,8 @@ def test_every_figure_and_table_from_the_fixture(tmp_path):
         assert "n = " in caption and "nan" not in caption
     claims = (tmp_path / "out" / "claims.csv").read_text().splitlines()
     assert len(claims) == 1 + 14 and all(line.rsplit(",", 1)[1] in VERDICTS for line in claims[1:])
+    (speed,) = (line for line in claims if line.startswith("H5,"))
+    assert '"seconds a step, occ / detach",' in speed and ",2,below 1.02," in speed  # of two repeats
     scores = (tmp_path / "out" / "scores.md").read_text().splitlines()
     assert scores[0] == "| regime | n | score | add | sub |" and scores[2].startswith("| detach | 2 | ")
 
