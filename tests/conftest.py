@@ -44,7 +44,7 @@ def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
     return tokens, ((t >= p) & (t < p + r))[:, 1:]
 
 
-SMALL = dict(n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu")
+SMALL = dict(lr=3e-4, n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu")
 SMALL |= dict(steps=4, prompts_per_step=4, num_generations=4, updates_per_rollout=2, max_new_tokens=12)
 SMALL |= dict(eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every=2)
 

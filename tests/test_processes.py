@@ -69,7 +69,8 @@ def test_several_processes_give_the_metrics_of_one(small, tmp_path, processes, v
             assert set(x) == set(y)
             for key in x:
                 exact = key.startswith(("reward/", "response_length/", "eval/", "step", "mtp/logp_impl"))
-                rel = 0 if "/loss" in key else 1e-3
+                # the mean of ratios divides by the δ² of single tokens, some of which are next to nothing
+                rel = 0 if "/loss" in key else 0.1 if key == "occ/lam_ratios" else 1e-3
                 near = x[key] if exact else pytest.approx(x[key], rel=rel, abs=1e-5)
                 assert y[key] == near, (a.out, x["step"], key)
             if "occ/lam" in x:
