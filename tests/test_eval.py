@@ -115,7 +115,7 @@ def test_plot_groups_seeds_and_reads_nothing_but_metrics(small, capsys, tmp_path
     }
     other = small("e", lr=1e-3)
     train.main(other)
-    assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0002", "occ lr=0.001"}
+    assert set(evaluation.group_runs([folders[0], other.out])) == {"occ lr=0.0003", "occ lr=0.001"}
     with pytest.raises(ValueError, match="seed 0 of 'occ' is there already; a band needs different seeds"):
         evaluation.group_runs([folders[0], folders[0]])
     monkeypatch.setattr(evaluation, "plot", PLOT)
