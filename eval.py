@@ -1,6 +1,7 @@
 """Evaluate: score a run on held-out problems, and plot what happened in one run or several.
 
     python eval.py score out/arithmetic-occ-s0 --k 32       # avg@k and pass@k with 95 % intervals, as a table
+    python eval.py score out/gsm8k-occ-s0 --suite competition         # on the paper's six sets of real problems
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP
 
 avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
@@ -51,6 +52,7 @@ CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # 
 FREE = "out cache_dir device threads save_every steps".split()  # settings of a run that are no part of the experiment
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POINTS = 60  # of a line in a plot, at most
+CACHE = 2**28  # numbers in a sampler's KV cache while scoring: 1 GiB in float32
 BLOCKS = 12  # of a line of probes, which are noisy
 T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student's t at 97.5 %, 1..10 degrees of freedom
 
@@ -62,11 +64,9 @@ T_95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]  # Student'
 def build(cfg, tok, device):
     """The trunk and its heads as initialised from the seed of a config."""
     torch.manual_seed(cfg.seed)
-    prompt, solution = rl.longest(rl.suites_of(cfg.task), cfg.difficulty)
-    block_size = prompt + max(solution + 1, cfg.max_new_tokens)
     if 0 < cfg.vocab_size < tok.n_vocab:
         raise ValueError(f"--vocab_size {cfg.vocab_size}: must be 0, or at least the tokenizer's {tok.n_vocab}")
-    shape = GPTConfig(cfg.vocab_size or tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
+    shape = GPTConfig(cfg.vocab_size or tok.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
     return GPT(shape).to(device), mtp.MTPHeads(shape, cfg.mtp_depth, cfg.mtp_design).to(device)
 
 
@@ -144,9 +144,12 @@ def load_run(folder, device):
 
 
 def accuracy(model, tok, problems, k, max_new_tokens, temperature=1.0, seed=0, rows=768, spec=None):
-    """(number of problems, k) 0/1 results, about `rows` sequences at a time. Same seed, same random numbers."""
+    """(number of problems, k) 0/1 results, about `rows` sequences at a time, fewer where their keys and values would
+    take more than CACHE numbers. Same seed, same random numbers."""
     generator, G = torch.Generator().manual_seed(seed), 1 if temperature == 0 else k
-    n = max(rows // G, 1)
+    positions = max(len(tok.encode_ordinary(p.prompt)) for p in problems) + max_new_tokens
+    most = CACHE // (2 * model.cfg.n_layer * model.cfg.n_embd * positions)
+    n = max(min(rows, most) // G, 1)
     parts = [problems[i : i + n] for i in range(0, len(problems), n)]
     with autocast(model.wte.weight.device):
         right = [
@@ -160,10 +163,11 @@ def evaluate(model, tok, cfg):
 
     The score is the mean of the suites. The same problems and the same random numbers every time.
     """
-    suites = rl.suites_of(cfg.task)
+    suites = rl.suites_of(cfg.task, cfg.data_dir)
     problems = [p for suite in suites for p in rl.held_out_problems(suite, cfg.difficulty, cfg.eval_problems)]
     right = accuracy(model, tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature)
-    mean = {s: 100 * right[[i for i, p in enumerate(problems) if p.suite == s]].mean().item() for s in suites}
+    of = {rl.label(suite): [i for i, p in enumerate(problems) if p.suite == suite] for suite in suites}
+    mean = {name: 100 * right[rows].mean().item() for name, rows in of.items()}
     return {"eval/score": sum(mean.values()) / len(mean)} | {f"eval/{s}": value for s, value in mean.items()}
 
 
@@ -178,24 +182,43 @@ def interval(values):
     return x.mean().item(), 1.96 * (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
-def score(folder, k, temperature, problems_a_suite, device, speculative=0):
+def score(args):
     """The table of a run, as lines of Markdown: a row a suite and one for all, in points of 100.
 
-    With `speculative` drafts a round the heads draft, and a last line says how many of them were accepted.
+    The suites are the held-out problems of what the run was trained on, or those of --suite, which may share none with
+    what the run has seen. With --speculative drafts a round the heads draft; a line then says how many were accepted.
     """
-    cfg, tok, model, heads = load_run(folder, device)
-    rows, spec = [], None
-    if speculative and heads is None:
-        raise ValueError(f"--speculative {speculative}: {folder} has no heads to draft with")
-    if speculative:
-        spec = mtp.Speculator(heads, speculative)
-    for suite in rl.suites_of(cfg.task):
-        problems = rl.held_out_problems(suite, cfg.difficulty, problems_a_suite)
-        right = accuracy(model, tok, problems, k, cfg.max_new_tokens, temperature, spec=spec).sum(1).int().tolist()
-        passed = [[100 * pass_at_k(k, c, j) for c in right] for j in shown(k)]
-        rows.append((suite, [100 * c / k for c in right], passed))
-    said = [", ".join(f"{name} {value:.2f}" for name, value in spec.metrics().items())] if spec else []
-    return table(rows, k) + said
+    cfg, tok, model, heads = load_run(args.run, torch.device(args.device))
+    if args.speculative and heads is None:
+        raise ValueError(f"--speculative {args.speculative}: {args.run} has no heads to draft with")
+    suites = rl.suites_of(args.suite or cfg.task, args.data_dir or cfg.data_dir, scoring=bool(args.suite))
+    if args.suite:
+        rl.check_apart(rl.suites_of(f"{cfg.task},{cfg.pretrain_task or cfg.task}", cfg.data_dir), suites)
+    rows, spec = [], mtp.Speculator(heads, args.speculative) if args.speculative else None
+    longest, new = rl.longest(suites, cfg.difficulty, tok)[0], args.max_new_tokens or cfg.max_new_tokens
+    model.reach(max(model.cfg.block_size, longest + new))
+    for suite in tqdm(suites, "suites", disable=None):
+        if args.suite and suite not in rl.SUITES:
+            problems = rl.read_problems(suite)[: args.problems or None]
+        else:
+            problems = rl.held_out_problems(suite, cfg.difficulty, args.problems or 64)
+        right = accuracy(model, tok, problems, args.k, new, args.temperature, spec=spec).sum(1).int().tolist()
+        passed = [[100 * pass_at_k(args.k, c, j) for c in right] for j in shown(args.k)]
+        symbolic = sum(rl.is_symbolic(p.answer) for p in problems)
+        rows.append((rl.label(suite), [100 * c / args.k for c in right], passed, symbolic))
+    return [*table(rows, args.k), *remarks(rows, spec)]
+
+
+def remarks(rows, spec=None):
+    """Lines below the table, for what it must not be read without."""
+    if spec:
+        yield ", ".join(f"{name} {value:.2f}" for name, value in spec.metrics().items())
+    if any(symbolic for *_, symbolic in rows):
+        judge = "is installed and does" if rl.has_algebra() else "is not installed: they count as written"
+        yield f"\nsymbolic: problems whose gold can be written in ways that only algebra can judge (math-verify {judge})."
+    if any(name in rl.COMPETITION for name, *_ in rows):
+        yield ("\nCompetition problems are far beyond a small model trained from scratch: a score near zero is what to "
+               "expect of one, and what is above zero may well be guessed.")  # fmt: skip
 
 
 def shown(k):
@@ -204,24 +227,31 @@ def shown(k):
 
 
 def table(rows, k):
-    """rows: (suite, avg@k of each problem, for each shown k the pass@k of each problem) -> lines of Markdown.
+    """rows: (suite, avg@k of each problem, for each shown k the pass@k of each problem, how many have a symbolic gold)
+    -> lines of Markdown.
 
     The row "all" is the mean over suites, each counting alike; its interval combines theirs.
     """
-    heads = ["suite", "problems", f"avg@{k}"] + [f"pass@{j}" for j in shown(k)]
+    counts = [(len(avg), symbolic) for _, avg, _, symbolic in rows]
+    some = 2 if any(symbolic for _, symbolic in counts) else 1  # a column of zeros says nothing
+    heads = ["suite", *["problems", "symbolic"][:some], f"avg@{k}"] + [f"pass@{j}" for j in shown(k)]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    columns = [[avg, *passed] for _, avg, passed in rows]
-    for (suite, avg, _), column in zip(rows, columns):
-        lines.append(row_of(suite, len(avg), [interval(values) for values in column]))
+    columns = [[avg, *passed] for _, avg, passed, _ in rows]
+    for (suite, *_), count, column in zip(rows, counts, columns):
+        lines.append(row_of(suite, count[:some], [interval(values) for values in column]))
     overall = []
     for column in zip(*columns):
         means, halves = zip(*(interval(values) for values in column))
         overall.append((sum(means) / len(means), math.hypot(*halves) / len(halves)))
-    return lines + [row_of("all", sum(len(avg) for _, avg, _ in rows), overall)]
+    return lines + [row_of("all", [sum(column) for column in zip(*counts)][:some], overall)]
 
 
-def row_of(name, n, cells):
-    return f"| {name} | {n} | " + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells) + " |"
+def row_of(name, counts, cells):
+    return (
+        f"| {name} | {' | '.join(map(str, counts))} | "
+        + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells)
+        + " |"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,7 +435,7 @@ def useful_flops(learner, tokens):
     times that with gradients. Not counted: attention, padding, and what the chunked log-probs compute twice."""
     cfg, K = learner.cfg, learner.cfg.mtp_depth
     samples = cfg.prompts_per_step * cfg.num_generations
-    problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
+    problems = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(0))
     prompt = statistics.mean(len(p.prompt) for p in itertools.islice(problems, 1000))
     trunk, heads = (
         sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (learner.model.blocks, learner.heads)
@@ -463,7 +493,7 @@ def cache_speedup(repeats=7):
     """Tokens/s of the sampler over those of decoding by whole forward passes, 48 new tokens: a ratio a repeat."""
     learner = bench_learner({**SETTINGS["default"], "max_new_tokens": 48})
     cfg, model = learner.cfg, learner.model
-    problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
+    problems = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(0))
     prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(problems, cfg.prompts_per_step)]
     G, end = cfg.num_generations, cfg.vocab_size or learner.tok.n_vocab  # an end that never comes: all rows run to 48
 
@@ -490,7 +520,7 @@ def speculation(repeats):
     train, learner = trainer(), bench_learner(SETTINGS["default"])
     cfg, model, heads = learner.cfg, learner.model, learner.heads
     load_weights(train.pretrained(cfg, learner.tok, learner.device, ()), model, heads)
-    stream = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
+    stream = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(0))
     prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(stream, cfg.prompts_per_step)]
     lines = ["| prompts x samples | drafts a round | tokens a call | seconds over plain |", "|---|---:|---:|---:|"]
     for some, G in ((prompts, cfg.num_generations), (prompts[:4], 1)):
@@ -890,7 +920,9 @@ def parabola_at(learner, terms, g, m):
     """
     cfg, model, device = learner.cfg, learner.model, learner.device
     problems = [
-        p for s in rl.suites_of(cfg.task) for p in rl.held_out_problems(s, cfg.difficulty, 2 * cfg.eval_problems)
+        p
+        for s in rl.suites_of(cfg.task, cfg.data_dir)
+        for p in rl.held_out_problems(s, cfg.difficulty, 2 * cfg.eval_problems)
     ]
     generator, before = torch.Generator().manual_seed(1), learner.flat_trunk()
     samples, _, reward_PG = rl.rollout(
@@ -1536,7 +1568,13 @@ def parse(argv):
     one.add_argument("run", help="folder of a run")
     one.add_argument("--k", type=int, default=32, help="samples a problem [32]")
     one.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [1.0]")
-    one.add_argument("--problems", type=int, default=64, help="held-out problems a suite, at most [64]")
+    one.add_argument("--suite", default="", help="score on these: arithmetic, competition, or a comma list of suites, of "
+                     f"{', '.join(rl.SCORE)}, FILE.jsonl [the held-out problems of the run's own task]")  # fmt: skip
+    one.add_argument(
+        "--problems", type=int, default=0, help="a suite, at most; 0: 64 held-out ones, whole data sets [0]"
+    )
+    one.add_argument("--max_new_tokens", type=int, default=0, help="longest response [0: as the run was trained]")
+    one.add_argument("--data_dir", default="", help="folder of data sets [the run's own]")
     one.add_argument("--speculative", type=int, default=0, help="tokens a round that the heads draft; 0: none [0]")
     one.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     many = commands.add_parser("plot", help="curves of runs in one picture")
@@ -1559,8 +1597,8 @@ def parse(argv):
     whole.add_argument("--fast", action="store_true", help="tiny runs that show nothing but that all of it works")
     whole.add_argument("--out", default="out/reproduce", help="folder of runs, figures and tables [out/reproduce]")
     args = parser.parse_args(argv)
-    for name in "seeds steps jobs k problems temperature repeats speculative".split():
-        least = 0 if name in ("seeds", "steps", "temperature", "speculative") else 1
+    for name in "seeds steps jobs k problems temperature repeats speculative max_new_tokens".split():
+        least = 1 if name in ("jobs", "k", "repeats") else 0
         value = getattr(args, name, least)
         if not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
@@ -1571,11 +1609,7 @@ def parse(argv):
 
 def main(args):
     if args.command == "score":
-        print(
-            "\n".join(
-                score(args.run, args.k, args.temperature, args.problems, torch.device(args.device), args.speculative)
-            )
-        )
+        print("\n".join(score(args)))
     elif args.command == "bench":
         bench_logp(args.repeats) if args.logp else bench(args.settings, args.repeats, args.out)
     elif args.command == "reproduce":

@@ -131,10 +131,15 @@ class GPT(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=cfg.n_embd**-0.5)
         if cfg.tied:
             self.lm_head.weight = self.wte.weight
-        D = cfg.n_embd // cfg.n_head
-        angle = torch.outer(torch.arange(cfg.block_size), 10000 ** (-torch.arange(0, D, 2) / D))  # (T, D/2)
-        self.register_buffer("cos", angle.cos()[:, None], persistent=False)  # (T, 1, D/2)
-        self.register_buffer("sin", angle.sin()[:, None], persistent=False)
+        self.reach(cfg.block_size)
+
+    def reach(self, block_size):
+        """Room for so many positions. No weight depends on it, but what is beyond the training's is unknown to them."""
+        D, device = self.cfg.n_embd // self.cfg.n_head, self.wte.weight.device
+        angle = torch.outer(torch.arange(block_size), 10000 ** (-torch.arange(0, D, 2) / D))  # (T, D/2)
+        self.register_buffer("cos", angle.cos()[:, None].to(device), persistent=False)  # (T, 1, D/2)
+        self.register_buffer("sin", angle.sin()[:, None].to(device), persistent=False)
+        self.cfg.block_size = block_size
 
     def rope(self, T):
         """(cos, sin) of positions 0..T-1, shaped for `rotate`."""

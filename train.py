@@ -2,6 +2,7 @@
 
     python train.py                                    # OCC on six suites of arithmetic, minutes on a laptop CPU
     python train.py --regime detach --seed 1           # the baseline; pretraining is shared by all regimes of a seed
+    python train.py --task gsm8k --pretrain_task gsm8k,words --max_new_tokens 200    # real word problems (README)
     python train.py --resume out/arithmetic-occ-s0     # go on after an interruption, to the same numbers
     torchrun --nproc_per_node=2 train.py               # several processes, each with a share of every batch
 
@@ -66,8 +67,10 @@ CORES = torch.get_num_threads()  # torch's default: what this process may use, o
 @dataclass
 class Config:
     # what is learned
-    task: str = "arithmetic"  # all six suites, or a comma list of add, sub, mul, mod, chain, linear
-    difficulty: int = 2  # digits of the operands, 1 to 8
+    task: str = "arithmetic"  # six suites, or a comma list of add,sub,mul,mod,chain,linear, words, gsm8k, FILE.jsonl
+    pretrain_task: str = ""  # what solutions are from in pretraining; by default the task
+    data_dir: str = "data"  # folder of data sets; what is missing there is fetched
+    difficulty: int = 2  # digits of the operands (words: events in a story), 1 to 8
     careless: float = 0.8  # share of solutions written carelessly, in the second half of pretraining
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token a byte, or GPT-2's
     seed: int = 0  # of everything random
@@ -106,6 +109,7 @@ class Config:
     n_head: int = 4  # attention heads
     n_embd: int = 64  # channels
     tied: bool = False  # one matrix for embedding and unembedding
+    block_size: int = 0  # longest prompt + response, in tokens; 0: what the task needs
     vocab_size: int = 0  # rows of these matrices; 0: as many as the tokenizer has tokens
     mtp_depth: int = 1  # MTP heads
     mtp_design: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3, or as in Gloeckle et al.
@@ -132,7 +136,7 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
 
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every clip_eps_low clip_eps_high kl_coef "
-        may_be_zero += "vocab_size threads exact_blocks speculative"
+        may_be_zero += "vocab_size threads exact_blocks speculative block_size"
         for f in dataclasses.fields(self):
             value, literals = getattr(self, f.name), get_args(f.type)
             if isinstance(value, str) and literals:
@@ -163,10 +167,19 @@ class Config:
         need("logp_impl", not why, f"auto, naive or chunked here: {why}")
         need("dual_clip", algo.dual_clip > 1, "above 1")
         need("device", self.device != "cuda" or torch.cuda.is_available(), "cpu here: torch finds no CUDA")
-        _, solution = rl.longest(rl.suites_of(self.task), self.difficulty)
+        suites = rl.suites_of(self.task, self.data_dir)
+        names, tok = "+".join(map(rl.label, suites)), rl.get_tokenizer(self.tokenizer)
+        _, _, solution = rl.longest(suites, self.difficulty, tok)
         least = (solution + 1) * 5 // 4 if algo.overlong else solution + 1  # the overlong penalty takes the last fifth
         need("max_new_tokens", self.max_new_tokens >= least, f"{least} or more for this task and difficulty")
-        self.out = self.out or f"out/{self.task.replace(',', '+')}-{self.regime}-s{self.seed}"
+        prompt, solution, _ = rl.longest([*suites, *self.pretrain_suites()], self.difficulty, tok)
+        least = prompt + max(solution + 1, self.max_new_tokens)
+        self.block_size = self.block_size or least
+        need("block_size", self.block_size >= least, f"0, or {least} or more for this task and max_new_tokens")
+        self.out = self.out or f"out/{self.task if self.task == 'arithmetic' else names}-{self.regime}-s{self.seed}"
+
+    def pretrain_suites(self):
+        return rl.suites_of(self.pretrain_task or self.task, self.data_dir)
 
     def algorithm(self):
         """The method that --algo names, with the details that were given by flags."""
@@ -233,7 +246,7 @@ def pretraining_batch(cfg, tok, step):
     """Solutions as tokens_BT and mask_BT (B, T-1), True where token t+1 is part of the solution or its end."""
     rng = random.Random(f"{cfg.seed}/pretrain/{step}")
     careless = cfg.careless if step >= cfg.pretrain_steps / 2 else 0.0
-    stream = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, rng, careless=careless)
+    stream = rl.problem_stream(cfg.pretrain_suites(), cfg.difficulty, rng, careless=careless)
     problems = list(itertools.islice(stream, cfg.pretrain_batch))
     prompts = tok.encode_ordinary_batch([p.prompt for p in problems], num_threads=1)
     solutions = tok.encode_ordinary_batch([p.solution for p in problems], num_threads=1)
@@ -280,10 +293,12 @@ def pretrained(cfg, tok, device, stop):
     """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
     model, heads = evaluation.build(cfg, tok, device)
     names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_d"))]
-    names += ["task", "difficulty", "careless", "tokenizer", "seed", "tied", "vocab_size", "logp_impl"]
+    names.remove("pretrain_task")  # but what it stands for: names of suites, contents of files
+    names += ["difficulty", "careless", "tokenizer", "seed", "tied", "vocab_size", "logp_impl"]
+    texts = [s if s in rl.SUITES else rl.sha256(rl.read_problems(s)) for s in cfg.pretrain_suites()]
     code = [Path(inspect.getfile(c)).read_text() for c in (type(model), type(heads), rl)]
     code += [inspect.getsource(f) for f in (evaluation.build, pretraining_batch, pretrain)]
-    what = json.dumps([torch.__version__, device.type, code, {name: getattr(cfg, name) for name in names}])
+    what = json.dumps([torch.__version__, device.type, texts, code, {name: getattr(cfg, name) for name in names}])
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
     try:
         evaluation.load_weights(torch.load(path, map_location=device, weights_only=True), model, heads)
@@ -550,7 +565,9 @@ class Learner:
         """One rollout and its updates. Returns what to log, and examples to read."""
         cfg, algo = self.cfg, self.algo
         # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
-        problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}"))
+        problems = rl.problem_stream(
+            rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}")
+        )
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         with autocast(self.device):
             samples, reward_PG, record, examples = rl.collect(

@@ -45,11 +45,14 @@ def test_interval():
 
 
 def test_table_weighs_suites_alike():
-    rows = [("add", [100.0, 0.0], [[100.0, 0.0]]), ("mul", [50.0, 50.0, 50.0, 50.0], [[100.0] * 4])]
+    rows = [("add", [100.0, 0.0], [[100.0, 0.0]], 0), ("mul", [50.0, 50.0, 50.0, 50.0], [[100.0] * 4], 0)]
     lines = evaluation.table(rows, 2)
     assert lines[0] == "| suite | problems | avg@2 | pass@2 |"
     assert lines[2] == "| add | 2 | 50.0 ± 98.0 | 50.0 ± 98.0 |"
     assert lines[4] == "| all | 6 | 50.0 ± 49.0 | 75.0 ± 49.0 |"
+    lines = evaluation.table([*rows, ("minerva", [0.0, 0.0], [[0.0, 0.0]], 1)], 2)
+    assert lines[0] == "| suite | problems | symbolic | avg@2 | pass@2 |"
+    assert lines[4:] == ["| minerva | 2 | 1 | 0.0 ± 0.0 | 0.0 ± 0.0 |", "| all | 8 | 1 | 33.3 ± 32.7 | 50.0 ± 32.7 |"]
 
 
 def test_series_over_seeds():

@@ -216,7 +216,7 @@ def test_a_vocabulary_larger_than_the_tokenizers(small, capsys):
     assert train.main(cfg) == 0
     assert torch.load(Path(cfg.out) / "ckpt.pt", weights_only=True)["model"]["wte.weight"].shape == (600, 16)
     assert "\ufffd" in (Path(cfg.out) / "samples.txt").read_text()
-    assert evaluation.score(cfg.out, 2, 1.0, 2, torch.device("cpu"))
+    assert evaluation.score(evaluation.parse(["score", cfg.out, "--k", "2", "--problems", "2"]))
     line = fails(capsys, "--vocab_size", "100", "--out", cfg.out + "2")
     assert "--vocab_size 100: must be 0, or at least the tokenizer's 257" in line
     assert not Path(cfg.out + "2").exists()
