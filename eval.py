@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -585,7 +586,7 @@ def step_ratios(setting, repeats):
 
 
 LOGP_SHAPES = {  # N tokens, C channels, V words
-    "cpu": ((65536, 128, 64), (16384, 128, 1024), (2048, 256, 50304)),
+    "cpu": ((65536, 128, 64), (16384, 128, 576), (16384, 128, 1024), (8192, 256, 50304)),
     "cuda": ((16384, 768, 50304), (32768, 2048, 151936), (65536, 512, 50304)),
 }
 
@@ -598,7 +599,9 @@ def logp_peers(device):
     fused, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions()
     peers["torch, linear_cross_entropy"] = lambda h, W, t: -fused(h, W, t, reduction="none", options=options)
     if device.type == "cuda":
-        with contextlib.suppress(ImportError):  # 0.8.2 or newer: before, gradients a token were wrong
+        with contextlib.suppress(ImportError):
+            if _version("liger-kernel") < (0, 8, 2):
+                raise ImportError("before 0.8.2 its gradients a token were wrong")
             from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as scaled
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -608,9 +611,17 @@ def logp_peers(device):
         with contextlib.suppress(ImportError):
             from cut_cross_entropy import linear_cross_entropy as cce
 
-            peers["CCE, exact"] = lambda h, W, t: -cce(h, W, t, reduction="none", filter_eps=None)
+            peers["CCE, exact"] = lambda h, W, t: -cce(h, W, t, reduction="none", impl="cce_exact")
             peers["CCE, filtered: inexact"] = lambda h, W, t: -cce(h, W, t, reduction="none")
     return peers
+
+
+def _version(package):
+    """Of an installed package, as numbers; (0,) of one that is not."""
+    try:
+        return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:3] if part.isdigit())
+    except importlib.metadata.PackageNotFoundError:
+        return (0,)
 
 
 def logp_inputs(shape, device):
@@ -660,8 +671,9 @@ def bench_logp(repeats):
         print(f"\n(N, C, V) = {shape}; auto picks {mtp.pick_impl('auto', shape[0], shape[2], device)}\n\n"
               f"| | {' | '.join(head)} |\n|---|{'---:|' * len(head)}")  # fmt: skip
         h, W, targets, g = inputs = logp_inputs(shape, device)
-        exact = mtp.linear_logp(h[tokens].double(), W.detach().double(), targets[tokens], impl="naive")
-        (exact_dh,) = torch.autograd.grad(exact, h, g[tokens].double())
+        few = h.detach()[tokens].double().requires_grad_()
+        exact = mtp.linear_logp(few, W.detach().double(), targets[tokens], impl="naive")
+        (exact_dh,) = torch.autograd.grad(exact, few, g[tokens].double())
         torch._dynamo.reset()  # or what was compiled for one shape would be compiled for any shape at the next
         peers = logp_peers(device)
         times, errors, failed = {name: [] for name in peers}, {}, {}
@@ -676,12 +688,12 @@ def bench_logp(repeats):
                     with torch.no_grad():
                         f(h, W, targets)
                     clock("forward")
-                except RuntimeError as error:  # too little memory, most likely
-                    failed[name] = f"failed: {str(error).splitlines()[0]}"
+                except Exception as error:  # too little memory, or what a library lacks: the others go on
+                    failed[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                     continue
                 times[name].append((clock.seconds["whole"], clock.seconds["forward"]))
-                off = dh[tokens].double() - exact_dh[tokens].double()
-                errors[name] = (logp[tokens] - exact).abs().max().item(), (off.norm() / exact_dh.double().norm()).item()
+                off = dh[tokens].double() - exact_dh
+                errors[name] = (logp[tokens] - exact).abs().max().item(), (off.norm() / exact_dh.norm()).item()
                 del logp, dh
         for name, turns in times.items():
             if name in failed:
@@ -692,7 +704,12 @@ def bench_logp(repeats):
                 [b[0] / a[0] for a, b in zip(times["naive"][1:], turns[1:])] if "naive" not in failed else [math.nan]
             )
             ratio = statistics.median(ratios)
-            memory, share = in_new_process(logp_memory, name, shape) / 2**20, 8 * math.prod(shape) / whole / peak
+            torch.cuda.empty_cache()  # for the process that measures memory
+            try:
+                memory = in_new_process(logp_memory, name, shape) / 2**20
+            except Exception:  # it ran out of it
+                memory = math.nan
+            share = 8 * math.prod(shape) / whole / peak
             cells = f"{1e3 * whole:.1f} | {1e3 * forward:.1f} | {ratio:.2f} | {100 * share:.0f} % | {memory:.0f}"
             print(f"| {name} | {cells} | {errors[name][0]:.0e} | {errors[name][1]:.0e} |", flush=True)
 

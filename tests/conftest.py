@@ -17,6 +17,10 @@ import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
+def pytest_configure(config):
+    config.option.reportchars += "s"  # a test that was skipped says why
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers():
     torch.manual_seed(0)

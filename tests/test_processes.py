@@ -50,6 +50,7 @@ VARIANTS = {
     "hidden": dict(occ_proxy="hidden", algo="drgrpo", mtp_depth=2),
     "exact": dict(regime="exact", algo="gspo"),
     "released": dict(algo="grpo", occ_average="ratios", mtp_base="main", lam_scope="all"),
+    "speculative": dict(speculative=2),
     "single": dict(prompts_per_step=1, updates_per_rollout=1, algo="reinforce"),  # fewer prompts than processes
 }
 

@@ -1,6 +1,5 @@
 """Speculative sampling changes how often the trunk runs, and nothing else."""
 
-import itertools
 import random
 
 import pytest
@@ -16,29 +15,77 @@ from model import generate
 KINDS = [("sequential", 1, 2), ("sequential", 2, 2), ("sequential", 2, 5), ("parallel", 2, 2), ("sequential", 3, 1)]
 
 
-@pytest.mark.parametrize("design, depth, drafts", KINDS)
-def test_greedy_is_plain_greedy(design, depth, drafts):
-    """Ragged prompts, ends inside drafts, and the length limit; log-probs and hidden states are the trunk's."""
-    model, heads = tiny(vocab=5, depth=depth, design=design)
+def taught(design, depth):
+    """A tiny trunk, prompts, what it says to them greedily, and heads that have learnt most of that."""
+    model, heads = tiny(vocab=5, depth=depth, design=design, seed=5)  # a trunk whose responses are of all lengths
     prompts = [[random.Random(i).randrange(1, 5) for _ in range(1 + i % 6)] for i in range(60)]
     plain = generate(model, prompts, 1, 10, eos=0, temperature=0, keep_hidden=True)
-    spec = mtp.Speculator(heads, drafts)
+    optimizer = torch.optim.Adam(heads.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        _, logp_KBT, mask_KBT, _ = mtp.logprobs(model, heads, plain.tokens_BT, plain.mask_BT[:, 1:])
+        (-logp_KBT.sum() / mask_KBT.sum()).backward()
+        optimizer.step()
+    return model, heads, prompts, plain
+
+
+@pytest.mark.parametrize("design, depth, drafts", KINDS)
+def test_greedy_is_plain_greedy(design, depth, drafts, monkeypatch):
+    """Ragged prompts, ends inside drafts, and the length limit; log-probs and hidden states are the trunk's."""
+    model, heads, prompts, plain = taught(design, depth)
+    spec, accepts, ends = mtp.Speculator(heads, drafts), mtp.accepts, []
+
+    def count_ends(log_p, log_q, draft, *rest):
+        good = accepts(log_p, log_q, draft, *rest)
+        ends.append((good.long().cumprod(1).bool() & (draft == 0)).sum().item())
+        return good
+
+    monkeypatch.setattr(mtp, "accepts", count_ends)
     drafted = spec.generate(model, prompts, 1, 10, 0, 0, torch.rand(60, 10, 3), keep_hidden=True)
     assert torch.equal(plain.tokens_BT, drafted.tokens_BT) and torch.equal(plain.mask_BT, drafted.mask_BT)
     assert 1 < plain.mask_BT.sum(1).float().mean() < 10  # some end, some run to the limit
     torch.testing.assert_close(plain.logp_BT, drafted.logp_BT, rtol=0, atol=1e-5)
+    assert spec.metrics()["spec/accept_len"] > 1.2 and sum(ends) > 5  # and some end with a draft
     continued = torch.nn.functional.pad(plain.mask_BT[:, 1:], (0, 1))  # states of tokens that something follows
     torch.testing.assert_close(plain.h_BTC[continued], drafted.h_BTC[continued], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("design, depth, drafts", KINDS)
+def test_drafts_come_from_the_true_tokens(design, depth, drafts, monkeypatch):
+    """After rejections too, every head drafts what it would from scratch: no state of a rejected draft is left in its
+    cache. A wrong one would still be lossless, only a worse drafter."""
+    model, heads, prompts, _ = taught(design, depth)
+    spec, accepts, rounds = mtp.Speculator(heads, drafts), mtp.accepts, []
+    monkeypatch.setattr(mtp, "accepts", lambda *args: rounds.append((*args[1:3], accepts(*args))) or rounds[-1][2])
+    for prompt in prompts[:8]:
+        rounds.clear()
+        tokens = spec.generate(model, [prompt], 1, 12, 99, 1.0, torch.rand(1, 12, 3)).tokens_BT[0]  # 99: no end
+        last, rejected = len(prompt), 0
+        for log_q_BKV, draft_BK, good_BK in rounds:
+            row = torch.cat((tokens[: last + 1], draft_BK[0]))[None]
+            with torch.no_grad():
+                states = heads(model.hidden(row), model.wte(row), model.rope(row.size(1)))
+                for k in range(min(depth, drafts)):
+                    expected = model.logits(states[k][0, last - 1]).log_softmax(-1)
+                    torch.testing.assert_close(log_q_BKV[0, k], expected, rtol=0, atol=1e-4)
+            accepted = int(good_BK.long().cumprod(1).sum())
+            rejected += drafts - accepted
+            last += accepted + 1
+        assert rejected > 0 and len(rounds) > 2
+
+
 def test_greedy_on_every_suite_with_scrambled_heads():
-    """2004 problems over all suites, of a base that has learnt a little; heads that know, and that know nothing."""
+    """2004 different problems over all suites, of a base that has learnt a little; heads that know, and that do not."""
     cfg = train.Config(n_layer=2, pretrain_steps=150, pretrain_batch=64, device="cpu", mtp_depth=2)
     tok = rl.get_tokenizer("bytes")
     model, heads = evaluation.build(cfg, tok, "cpu")
     train.pretrain(cfg, tok, model, heads, torch.device("cpu"), ())
-    stream = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0))
-    prompts = [tok.encode_ordinary(p.prompt) for p in itertools.islice(stream, 2004)]
+    stream, problems = rl.problem_stream(rl.suites_of(cfg.task), cfg.difficulty, random.Random(0)), {}
+    while len(problems) < 2004:
+        problem = next(stream)
+        problems[problem.prompt] = problem.suite
+    assert set(problems.values()) == set(rl.ARITHMETIC)
+    prompts = [tok.encode_ordinary(prompt) for prompt in problems]
     plain = generate(model, prompts, 1, cfg.max_new_tokens, tok.eot_token, temperature=0)
     lengths = []
     for scrambled in (False, True):
@@ -71,7 +118,8 @@ def p_value(a, b, bins):
 
 
 def frequencies(design, depth, drafts, temperature, n=100_000, V=4, R=3):
-    """p-values for next tokens (with a limit of one, and of whole sequences) of speculative against plain sampling."""
+    """p-values of speculative against plain sampling, for the second token and for whole sequences of up to R, and how
+    often a first draft came out."""
     model, heads = tiny(vocab=V, depth=depth, design=design, block=12)
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
@@ -127,6 +175,13 @@ def test_a_sample_does_not_depend_on_its_batch():
     length = torch.tensor([len(p) for p in prompts]).repeat_interleave(2)
     past = torch.arange(together.tokens_BT.size(1)) >= (length + together.mask_BT.sum(1))[:, None]
     assert (together.tokens_BT[past] == 0).all() and together.mask_BT.sum(1).max() <= 9  # no draft is left behind
+
+
+def test_logprobs_of_a_sample_are_the_trunks_at_its_temperature():
+    model, heads = tiny(vocab=7, depth=1)
+    drafted = mtp.Speculator(heads, 2).generate(model, [[1, 2, 3], [4]], 8, 9, 0, 0.6, torch.rand(16, 9, 3))
+    logp = mtp.logprobs(model, None, drafted.tokens_BT, drafted.mask_BT[:, 1:], 0.6)[0]
+    torch.testing.assert_close(drafted.logp_BT[:, 1:], logp, rtol=0, atol=1e-5)
 
 
 def test_metrics_count_the_bonus_token_and_start_again():

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import mtp
 
-installed = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+installed = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="skipped: Triton is not installed")
 
 
 @installed
@@ -40,14 +40,15 @@ for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
     inputs = dict(h=p, W=p, target="*i64")
     shape = dict(N="i32", C="i32", start="i32", end="i32", scale="fp32")
     kernels = {
-        statistics: [dict(inputs, out="*fp32", V="i32", width="i32", **shape), dict(ENTROPY=False)],
-        dz: [dict(inputs, lse="*fp32", g="*fp32", dz="*bf16" if kind == "bf16" else "*fp32", **shape), {}],
+        "log-prob": (statistics, dict(inputs, out="*fp32", V="i32", width="i32", **shape), dict(ENTROPY=False)),
+        "entropy": (statistics, dict(inputs, out="*fp32", V="i32", width="i32", **shape), dict(ENTROPY=True)),
+        "dz": (dz, dict(inputs, lse="*fp32", g="*fp32", dz="*bf16" if kind == "bf16" else "*fp32", **shape), {}),
     }
-    for kernel, (signature, flags) in kernels.items():
+    for name, (kernel, signature, flags) in kernels.items():
         constants = {**flags, "UPCAST": False, **mtp.TILES[size]}
         signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
         aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names)
-                   if signature[name].startswith("*") or name in ("C", "V", "width", "start")}
+                   if signature[name].startswith("*") or name in ("C", "width", "start")}  # V may be any
         source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=mtp.LAUNCH[size])
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -56,7 +57,7 @@ for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
             tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
             usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True).stdout
         stack, wgmma = re.search(r"STACK:(\\d+)", usage)[1], compiled.asm["ptx"].count("wgmma.mma_async")
-        print(kind, kernel.__name__, stack, wgmma, compiled.metadata.shared)
+        print(kind, name, stack, wgmma, compiled.metadata.shared)
 """
 
 
@@ -69,7 +70,7 @@ def test_the_kernels_compile_for_sm_90_without_spills_and_with_tensor_cores(tmp_
     done = subprocess.run([sys.executable, str(script), str(ROOT)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 6
+    assert len(rows) == 9
     for kind, kernel, stack, wgmma, shared in rows:
         assert stack == "0" and (int(wgmma) > 0 or kind == "fp32"), (kind, kernel)
         # the shared memory of sm_90, and of small GPUs
