@@ -800,12 +800,25 @@ def reproduce(args):
             measure_once(Path(args.out) / f"{name}.json", measurement, what)
         except Exception as error:  # of a process of its own: no reason not to draw
             failed.append(f"{name}: {type(error).__name__}: {error}")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        looks = [pool.submit(look, cfg, label, when, 4 if args.fast else 48)
+                 for label, when in LOOKS for cfg in configs if Path(cfg.out).name == f"{label}-s{cfg.seed}"]  # fmt: skip
+        failed += [line for future in looks if (line := future.result())]
     draw(args.out, configs[0].steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     print(f"{len(configs) - len(failed)} of {len(configs)} runs in {(time.perf_counter() - start) / 60:.1f} minutes; "
           f"figures and tables are in {args.out}")  # fmt: skip
     return 1 if failed else 0
+
+
+def look(cfg, label, when, rollouts):
+    """second_look at a run, once. Returns None, or a line that says what went wrong."""
+    path = Path(cfg.out).parent / f"look-{when}-{label}-s{cfg.seed}.json"
+    try:
+        measure_once(path, second_look, [cfg, when, rollouts])
+    except Exception as error:  # of a process of its own, as above
+        return f"{path.stem}: {type(error).__name__}: {error}"
 
 
 def measure_once(path, measurement, what):
@@ -997,6 +1010,61 @@ def parabola_at(learner, terms, g, m):
     }
 
 
+LOOKS = [("ce", "start"), ("policy", "start"), *((label, "end") for label in ("ce", "policy", "occ", "exact-ce"))]
+
+
+def second_look(cfg, when, rollouts):
+    """How much of g and m is signal, at the start or the end of a run: inner products over many rollouts.
+
+    Samples of different rollouts share no noise, so the mean of <g_i, m_j> over i ≠ j is that of the expectations,
+    <E g, E m>, without bias; the mean of <g_i, m_i> is what a minibatch sees. Returns {"free": [‖E g‖², c, v²],
+    "seen": [E ‖g‖², E c, E v²] of a minibatch}, whose noise is that of a rollout times the number of its minibatches.
+    """
+    train = trainer()
+    learner = train.Learner(dataclasses.replace(cfg, updates_per_rollout=1), train.set_up(cfg))
+    if when == "start":
+        load_weights(train.pretrained(cfg, learner.tok, learner.device, ()), learner.model, learner.heads)
+    else:
+        load_weights(read_run(cfg.out)[1], learner.model, learner.heads)
+    both = []
+    for i in tqdm(range(rollouts), f"{cfg.out} at its {when}", disable=None):
+        rng, generator = random.Random(f"{cfg.seed}/look/{i}"), torch.Generator().manual_seed(2**40 + i)
+        problems = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, rng)
+        samples, reward_PG, _, _ = rl.collect(learner.model, learner.tok, problems, learner.algo, cfg, generator)
+        adv_B = rl.advantages(reward_PG, learner.algo.advantage).flatten().to(learner.device)
+        parts, _ = rl.minibatches(learner.model, learner.heads, samples, adv_B, learner.algo, learner.cfg)
+        for mb in parts:  # one, or none where all groups agree
+            out = learner.forward(mb, True, 1.0)
+            both.append([occ.flat_grad(loss, learner.trunk).double() for loss in (out.rl, out.mtp)])
+    g, m = (torch.stack(x) for x in zip(*both))
+    pairs = ((g, g), (g, m), (m, m))
+    free, own = [across(a, b) for a, b in pairs], [(a * b).sum(1).mean().item() for a, b in pairs]
+    return {"free": free, "seen": [f + (o - f) * cfg.updates_per_rollout for f, o in zip(free, own)]}
+
+
+def across(a, b):
+    """Mean of <a_i, b_j> over i ≠ j: of independent estimates, without the noise that a_i and b_i share."""
+    n = len(a)
+    return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / (n * (n - 1))).item()
+
+
+def second_gain(lam, free, seen):
+    """What m adds to a step along g + λ m as a second look at the same samples: a factor, 1 for nothing.
+
+    If every λ has the step length that is best for it, an L-smooth objective gains <E g, E u>²/(2 L E‖u‖²) by a step
+    along u = g + λ m, whatever L is. This is that gain over that of λ = 0. Without noise it is 1 at the most, since
+    nothing beats g itself; with noise, m helps where it knows what g does not.
+    """
+    (g2, c, _), (g2_seen, c_seen, v2_seen) = free, seen
+    return (1 + lam * c / g2) ** 2 * g2_seen / (g2_seen + 2 * lam * c_seen + lam**2 * v2_seen)
+
+
+def best_second_look(free, seen):
+    """The λ that maximises second_gain."""
+    (g2, c, _), (g2_seen, c_seen, v2_seen) = free, seen
+    return (c * g2_seen - g2 * c_seen) / (g2 * v2_seen - c * c_seen)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics over seeds
 
@@ -1151,9 +1219,9 @@ def counts(groups):
     return "Runs: " + ", ".join(f"{label} (n = {len(records)})" for label, records in groups.items()) + "."
 
 
-def lines_of(figure, groups, panels, points=BLOCKS):
+def lines_of(figure, groups, panels, points=BLOCKS, rows=1):
     """One axis a panel (title, label of y, scale, {style: value of a record}); a line a group and style."""
-    axes = figure.subplots(1, len(panels), squeeze=False).flat
+    axes = figure.subplots(rows, len(panels) // rows, squeeze=False).flat
     for axis, (title, label, scale, values) in zip(axes, panels):
         for style, value in values.items():
             draw_lines(axis, groups, value, scale, style, points=points)
@@ -1249,7 +1317,7 @@ TERMS = "first", "paper", "second"
 
 
 def draw_decomposition(figure, runs, extra):
-    """The two terms of Δ_MTP(λ_t), of the update at each probe, summed over the probes so far.
+    """The two terms of Δ_MTP(λ_t), of the update at each probe (above), and summed over the probes so far (below).
 
     Left: solid the first-order term η λ (⟨g, m⟩ − Lη c) with ⟨g, m⟩ across halves; dotted as the bound has it, η λ
     (1 − Lη) c, with the noise that g and m share in c. Middle: the second-order term L η² λ² v²/2. Right: solid minus
@@ -1257,12 +1325,15 @@ def draw_decomposition(figure, runs, extra):
     unit is that of the policy objective. Means over seeds, bands: 95 %. Look at how much of the dotted lines is noise.
     """
     groups = {label: [with_terms(r) for r in g] for label, g in some(runs, ["ce", "policy", "occ", "exact"]).items()}
-    first = {"-": logged("sum of first"), ":": logged("sum of paper")}
+    first, summed = ({"-": logged(f"{of}first"), ":": logged(f"{of}paper")} for of in ("", "sum of "))
     lines_of(figure, groups, [
-        ("First order, summed", "gain", "linear", first),
+        ("First order, a step", "gain", "linear", first),
+        ("Second order, a step", "loss", "linear", {"-": logged("second")}),
+        ("First minus second order, a step", "gain", "linear", {"-": lambda r: r["first"] - r["second"]}),
+        ("First order, summed", "gain", "linear", summed),
         ("Second order, summed", "loss", "linear", {"-": logged("sum of second")}),
-        ("First minus second order", "gain", "linear", {"-": logged("net")}),
-    ], POINTS)  # fmt: skip
+        ("First minus second order, summed", "gain", "linear", {"-": logged("net")}),
+    ], rows=2)  # fmt: skip
     ends, size = [], lambda g: over_seeds(sum(r["Lη"] for r in run) / max(len(run), 1) for run in g)
     for label, g in groups.items():
         last = [run[-1] for run in g if run]
@@ -1459,10 +1530,42 @@ def draw_drafter(figure, runs, extra):
     return f"{counts(groups)} Mean of the last third of training: {', '.join(ends)}."
 
 
+def draw_second_look(figure, runs, extra):
+    """Signal and noise of g and m, at the start of runs and at their ends, over many rollouts (a point a run).
+
+    Left: the cosine of g and m, crosses of a minibatch on average, dots without noise: of their expectations, from
+    products across rollouts. Right: what m adds to a step along g + λ m when every λ has its best step length, in % of
+    what g alone gains; it can only add by its knowing what the noise of g hides. Mean over seeds. Look at how high the
+    curves get above 0, and at which λ.
+    """
+    axes, looks, said = figure.subplots(1, 2), extra.get("looks", {}), []
+    for i, (name, found) in enumerate(looks.items()):
+        cosine = lambda products: products[1] / max(products[0] * products[2], 1e-30) ** 0.5
+        free, seen = ([cosine(x[kind]) for x in found.values()] for kind in ("free", "seen"))
+        axes[0].plot([i] * len(free), free, "o", color=f"C{i}", alpha=0.7)
+        axes[0].plot([i] * len(seen), seen, "x", color=f"C{i}", alpha=0.7)
+        lams = [x / 100 for x in range(-20, 101)]
+        gains = [[100 * (second_gain(lam, **x) - 1) for lam in lams] for x in found.values()]
+        axes[1].plot(lams, [sum(column) / len(column) for column in zip(*gains)], color=f"C{i}", label=name)
+        best = [best_second_look(**x) for x in found.values()]
+        most = [100 * (second_gain(lam, **x) - 1) for lam, x in zip(best, found.values())]
+        said.append(f"{name}: cosine {cell(over_seeds(free), 2)} without noise, {cell(over_seeds(seen), 2)} with; the best "
+                    f"λ {cell(over_seeds(best), 2)} adds {cell(over_seeds(most))} %")  # fmt: skip
+    axes[0].set(title="Cosine of g and m: dots without noise, crosses of minibatches", ylabel="cosine")
+    axes[0].set_xticks(range(len(looks)), list(looks), rotation=20)
+    axes[1].set(title="What m adds as a second look", xlabel="λ", ylabel="% of what g alone gains", ylim=(-60, 40))
+    axes[1].axhline(0, color="k", linewidth=0.8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    legend(axes[1])
+    n = min((len(found) for found in looks.values()), default=0)
+    return f"n = {n} runs each. {'; '.join(said)}."
+
+
 FIGURES = {
     "1-scores": draw_scores, "2-terms": draw_terms, "3-decomposition": draw_decomposition, "4-parabola": draw_parabola,
     "5-proxies": draw_proxies, "6-speed": draw_speed, "7-sweep": draw_sweep, "8-ceiling": draw_ceiling,
-    "9-drafter": draw_drafter,
+    "9-drafter": draw_drafter, "10-second-look": draw_second_look,
 }  # fmt: skip
 
 
@@ -1477,6 +1580,12 @@ def draw(out, steps=None):
     for path in (out / "parabola.json", out / "speed.json"):
         if path.exists():
             extra[path.stem] = json.loads(path.read_text())
+    extra["looks"] = {}
+    for label, when in LOOKS:
+        found = {
+            path: json.loads(path.read_text())["found"] for path in sorted(out.glob(f"look-{when}-{label}-s*.json"))
+        }
+        extra["looks"] |= {f"{label}, {when}": found} if found else {}
     sheet = plt.figure(figsize=(30, 30), layout="constrained")
     for (name, function), part in zip(FIGURES.items(), sheet.subfigures(5, 2).flat):
         figure = plt.figure(figsize=(15, 5), layout="constrained")
