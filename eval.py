@@ -791,6 +791,7 @@ def reproduce(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start, configs = time.perf_counter(), plan(args)
     failed = train_all(configs, args.jobs)
+    trained = len(configs) - len(failed)
     cfg = next((c for c in configs if c.regime == "occ"), configs[-1])
     for name, measurement, what in (
         ("parabola", parabola, [cfg]),
@@ -807,7 +808,7 @@ def reproduce(args):
     draw(args.out, configs[0].steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    print(f"{len(configs) - len(failed)} of {len(configs)} runs in {(time.perf_counter() - start) / 60:.1f} minutes; "
+    print(f"{trained} of {len(configs)} runs in {(time.perf_counter() - start) / 60:.1f} minutes; "
           f"figures and tables are in {args.out}")  # fmt: skip
     return 1 if failed else 0
 
@@ -1533,33 +1534,41 @@ def draw_drafter(figure, runs, extra):
 def draw_second_look(figure, runs, extra):
     """Signal and noise of g and m, at the start of runs and at their ends, over many rollouts (a point a run).
 
-    Left: the cosine of g and m, crosses of a minibatch on average, dots without noise: of their expectations, from
-    products across rollouts. Right: what m adds to a step along g + λ m when every λ has its best step length, in % of
-    what g alone gains; it can only add by its knowing what the noise of g hides. Mean over seeds. Look at how high the
-    curves get above 0, and at which λ.
+    Left: the cosine of g and m, crosses of minibatches, dots without noise: of the expectations, from products across
+    rollouts. Right: what m adds to a step along g + λ m when every λ has its best step length, in % of what g alone
+    gains: it can only add what it knows of E g that the noise of g hides. Mean over seeds; its highest point is chosen
+    on the same samples, so biased upwards. Look at how far the curves get above 0, and at which λ.
     """
     axes, looks, said = figure.subplots(1, 2), extra.get("looks", {}), []
+    lams = [x / 100 for x in range(-20, 101)]
     for i, (name, found) in enumerate(looks.items()):
-        cosine = lambda products: products[1] / max(products[0] * products[2], 1e-30) ** 0.5
-        free, seen = ([cosine(x[kind]) for x in found.values()] for kind in ("free", "seen"))
-        axes[0].plot([i] * len(free), free, "o", color=f"C{i}", alpha=0.7)
-        axes[0].plot([i] * len(seen), seen, "x", color=f"C{i}", alpha=0.7)
-        lams = [x / 100 for x in range(-20, 101)]
-        gains = [[100 * (second_gain(lam, **x) - 1) for lam in lams] for x in found.values()]
-        axes[1].plot(lams, [sum(column) / len(column) for column in zip(*gains)], color=f"C{i}", label=name)
-        best = [best_second_look(**x) for x in found.values()]
-        most = [100 * (second_gain(lam, **x) - 1) for lam, x in zip(best, found.values())]
-        said.append(f"{name}: cosine {cell(over_seeds(free), 2)} without noise, {cell(over_seeds(seen), 2)} with; the best "
-                    f"λ {cell(over_seeds(best), 2)} adds {cell(over_seeds(most))} %")  # fmt: skip
+        free, seen = ([cosine(*x[kind]) for x in found] for kind in ("free", "seen"))
+        for cosines, marker in ((free, "o"), (seen, "x")):
+            axes[0].plot([i] * len(cosines), cosines, marker, color=f"C{i}", alpha=0.7)
+        signal = [x for x, cos in zip(found, free) if not math.isnan(cos)]
+        gains = [[100 * second_gain(lam, **x) - 100 for lam in lams] for x in signal]
+        axes[1].plot(lams, [sum(column) / len(gains) for column in zip(*gains)] or [math.nan] * len(lams), label=name)
+        best = [best_second_look(**x) for x in signal]
+        most = [100 * second_gain(lam, **x) - 100 for lam, x in zip(best, signal)]
+        at_1 = [gain[-1] for gain in gains]
+        free, seen, best, most, at_1 = (
+            over_seeds(y for y in x if not math.isnan(y)) for x in (free, seen, best, most, at_1)
+        )
+        said.append(f"{name} (n = {len(signal)}): cosine {cell(free, 2)} without noise, {cell(seen, 2)} with; the best λ "
+                    f"{cell(best, 2)} adds {cell(most)} %, λ = 1 {cell(at_1)} %")  # fmt: skip
     axes[0].set(title="Cosine of g and m: dots without noise, crosses of minibatches", ylabel="cosine")
-    axes[0].set_xticks(range(len(looks)), list(looks), rotation=20)
+    axes[0].set_xticks(range(len(looks)), list(looks))
     axes[1].set(title="What m adds as a second look", xlabel="λ", ylabel="% of what g alone gains", ylim=(-60, 40))
     axes[1].axhline(0, color="k", linewidth=0.8)
     for axis in axes:
         axis.grid(alpha=0.3)
     legend(axes[1])
-    n = min((len(found) for found in looks.values()), default=0)
-    return f"n = {n} runs each. {'; '.join(said)}."
+    return f"{'; '.join(said) or 'n = 0'}."
+
+
+def cosine(g2, c, v2):
+    """Of estimates of ‖g‖², <g, m> and ‖m‖²; nan where noise has made one of the squares negative."""
+    return c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
 
 
 FIGURES = {
@@ -1582,9 +1591,7 @@ def draw(out, steps=None):
             extra[path.stem] = json.loads(path.read_text())
     extra["looks"] = {}
     for label, when in LOOKS:
-        found = {
-            path: json.loads(path.read_text())["found"] for path in sorted(out.glob(f"look-{when}-{label}-s*.json"))
-        }
+        found = [json.loads(path.read_text())["found"] for path in sorted(out.glob(f"look-{when}-{label}-s*.json"))]
         extra["looks"] |= {f"{label}, {when}": found} if found else {}
     sheet = plt.figure(figsize=(30, 30), layout="constrained")
     for (name, function), part in zip(FIGURES.items(), sheet.subfigures(5, 2).flat):
@@ -1592,6 +1599,7 @@ def draw(out, steps=None):
         caption = f"{inspect.getdoc(function)}\n\n{function(figure, runs, extra)}\n"
         (out / f"{name}.txt").write_text(caption, encoding="utf-8")
         figure.savefig(out / f"{name}.png", dpi=90)
+        plt.close(figure)
         function(part, runs, extra)
         part.suptitle(f"Figure {name.replace('-', ': ')}")
     sheet.savefig(out / "figures.png", dpi=60)

@@ -33,7 +33,7 @@ from model import COMPACT, Block, KVCache, Samples, choose, read_prompts
 
 CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32
 AUTO_LOGITS = 2**23  # "auto" is naive up to here: 32 MiB, above which glibc maps and faults in every temporary afresh
-DZ_BYTES = 2**26  # of dz held at a time by impl="triton"
+DZ_BYTES = 2**25  # of dz held at a time by impl="triton" (not measured: no GPU was at hand)
 
 
 class Head(nn.Module):
@@ -241,19 +241,7 @@ class Speculator:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# log softmax(h Wᵀ / temperature)[target], a number a token
-#
-# z_iv = h_i·w_v / T,  lse_i = log Σ_v exp z_iv,  logp_i = z_i,target - lse_i.  With p = exp(z - lse) and any upstream
-# gradient g_i a token, ∂logp_i/∂z_iv = [v = target_i] - p_iv, hence
-#
-#     dz_iv = g_i ([v = target_i] - p_iv) / T        dh = dz W        dW = dzᵀ h
-#
-# "naive" holds z, p and dz, all (N, V), and takes 2·N·C·V FLOPs for z, dh and dW each: 6·N·C·V. The others save h, W,
-# the targets and lse alone, and make z again in the backward, some columns of V at a time: 8·N·C·V FLOPs, a third more,
-# and N·V numbers less of memory, three times over. Bytes that must move: h and W in, dh and dW out, twice with the
-# backward; with C in the hundreds the products outweigh them many times. Rows with g = 0 have no gradient and are left
-# out of the backward: exact, and it saves in proportion. Sums are deterministic: no atomics. z, p, lse and all sums are
-# float32 whatever the dtype of h; only dz of the Triton path is rounded, to bfloat16 where h is, for the tensor cores.
+# log softmax(h Wᵀ / temperature)[target], a number a token: RecomputedLogp has the mathematics
 
 
 def pick_impl(impl, n_tokens, vocab_size, device="cpu", dtype=torch.float32):
@@ -315,7 +303,23 @@ def _add_mm(total, a, b):
 
 
 class RecomputedLogp(torch.autograd.Function):
-    """See above for the mathematics. The two implementations differ in who makes the statistics of z, and dz."""
+    """logp_i = z_i,target - lse_i of logits z = h Wᵀ / T that are never all there, lse_i = log Σ_v exp z_iv.
+
+    With p = exp(z - lse) and any upstream gradient g_i a token, ∂logp_i/∂z_iv = [v = target_i] - p_iv, hence
+
+        dz_iv = g_i ([v = target_i] - p_iv) / T        dh = dz W        dW = dzᵀ h
+
+    FLOPs: z, dh and dW take 2·N·C·V each. Held are h, W, targets and lse; the backward makes z again, some columns of V
+    at a time: 8·N·C·V where "naive", which holds z, p and dz, takes 6·N·C·V. Bytes held: 3·N·V·4 there; here a chunk,
+    4·CHUNK_LOGITS or DZ_BYTES, and dh in float32. Bytes moved at least: (N·C + V·C) numbers in, twice, and out, once;
+    the chunks' z and dz pass through the cache, and on a GPU dz through memory, 2·N·V numbers. With C in the hundreds
+    the products outweigh all of it.
+
+    Rows with g = 0 have no gradient and are left out of the backward: exact, and it saves in proportion; on a GPU the
+    host waits there for their number, and nowhere else. No atomics: the same bits each time. z, p, lse and all sums are
+    float32 whatever h is; only dz of the Triton path is rounded, to bfloat16 where h is, for the tensor cores. The two
+    implementations differ in who makes the statistics of z, and dz.
+    """
 
     @staticmethod
     def forward(ctx, h_NC, weight, weight_rest, split, target_N, temperature, impl, entropy):
@@ -403,11 +407,14 @@ def chunked_dz(h_RC, weight, target_R, lse_R, g_R, temperature):
 # first needed; its compiler, or its interpreter (TRITON_INTERPRET=1), then takes the place of these three functions.
 
 tl = None  # triton.language
-# Of a program, by the bytes of a number: on sm_90 no register spills; of 2 bytes, tensor cores are used. float32 is
-# multiplied as it is, without them, in tiles that fit into the shared memory of smaller GPUs.
+# Of a program, by the bytes of a number. On sm_90, with C a multiple of 16, no register spills, and with 2 bytes tensor
+# cores are used (tests/test_triton.py compiles them). float32 is multiplied as it is, without tensor cores, in tiles
+# that fit into the shared memory of smaller GPUs.
 TILES = {2: dict(ROWS=128, COLUMNS=128, CHANNELS=64), 4: dict(ROWS=64, COLUMNS=64, CHANNELS=32)}
 LAUNCH = {2: dict(num_warps=8, num_stages=4), 4: dict(num_warps=4, num_stages=2)}
-PROGRAMS = 264  # at least, so that few rows fill a GPU too: their columns are then split
+PROGRAMS = (
+    264  # at least, so that few rows fill a GPU too, their columns split: two a processor of an H100, not measured
+)
 
 
 def logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST: tl.constexpr, CHANNELS: tl.constexpr):

@@ -280,24 +280,49 @@ def longest(suites, difficulty, tok):
 
 
 class Published(NamedTuple):
-    home: str
+    home: str  # owner/repository/HEAD/path below GITHUB
     sha256: str  # of its problems and answers (see `sha256`)
 
 
-_QWEN = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/HEAD/evaluation/data"
-_GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/HEAD/grade_school_math/data"
-_SIMPLERL = "https://raw.githubusercontent.com/hkust-nlp/simpleRL-reason/HEAD/examples/simplelr_math_eval/data"
+GITHUB = "https://raw.githubusercontent.com/"
 PUBLISHED = {
-    "gsm8k_train": Published(f"{_GSM8K}/train.jsonl", "0cc663420218873d17c7c9fc1ab566c90a2d03e8f5a034bede3ea175693a88ea"),
-    "gsm8k_test": Published(f"{_GSM8K}/test.jsonl", "37be472f61bf09a28b6c641031c5fb6c5563950eb40c1509ca269094b8eaef84"),
-    "svamp": Published("https://raw.githubusercontent.com/arkilpatel/SVAMP/HEAD/SVAMP.json", "847c94fa1060673fe9204ed6326e9bdb64f664c174f61f902f42288923eebcff"),
-    "math500": Published(f"{_SIMPLERL}/math500/test.jsonl", "fb9c2a17b2d99a221c1f44f4c6859880505aa01a6a5f69fe4476b5578c56f042"),
-    "aime24": Published(f"{_QWEN}/aime24/test.jsonl", "c814bfd2f4c6d66b9a37d0aa20d8d791ab71cd45e934aa4912bd29badd74af8b"),
-    "aime25": Published("https://raw.githubusercontent.com/armenjeddi/mcd/HEAD/evaluation/data/aime25/test.jsonl", "214baf85861ce8af82d09e34a2a2ab1d26920449262b85b509de55369a0a7dae"),
-    "amc23": Published(f"{_QWEN}/amc23/test.jsonl", "eff2e21abecabc2860d29147d578f8e230f694f455dcba2904f00424d8dfb256"),
-    "minerva": Published(f"{_QWEN}/minerva_math/test.jsonl", "9331d8239554f234cc86a9388fe23d9411b0009ace523ec93a45f16fad023722"),
-    "olympiadbench": Published(f"{_QWEN}/olympiadbench/test.jsonl", "7a7cfed963ddd982bff7898a30dd7daf46e683d7c4669217437d53e6dc5d42a7"),
-}  # fmt: skip
+    "gsm8k_train": Published(
+        "openai/grade-school-math/HEAD/grade_school_math/data/train.jsonl",
+        "0cc663420218873d17c7c9fc1ab566c90a2d03e8f5a034bede3ea175693a88ea",
+    ),
+    "gsm8k_test": Published(
+        "openai/grade-school-math/HEAD/grade_school_math/data/test.jsonl",
+        "37be472f61bf09a28b6c641031c5fb6c5563950eb40c1509ca269094b8eaef84",
+    ),
+    "svamp": Published(
+        "arkilpatel/SVAMP/HEAD/SVAMP.json",
+        "847c94fa1060673fe9204ed6326e9bdb64f664c174f61f902f42288923eebcff",
+    ),
+    "math500": Published(
+        "hkust-nlp/simpleRL-reason/HEAD/examples/simplelr_math_eval/data/math500/test.jsonl",
+        "fb9c2a17b2d99a221c1f44f4c6859880505aa01a6a5f69fe4476b5578c56f042",
+    ),
+    "aime24": Published(
+        "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/aime24/test.jsonl",
+        "c814bfd2f4c6d66b9a37d0aa20d8d791ab71cd45e934aa4912bd29badd74af8b",
+    ),
+    "aime25": Published(
+        "armenjeddi/mcd/HEAD/evaluation/data/aime25/test.jsonl",
+        "214baf85861ce8af82d09e34a2a2ab1d26920449262b85b509de55369a0a7dae",
+    ),
+    "amc23": Published(
+        "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/amc23/test.jsonl",
+        "eff2e21abecabc2860d29147d578f8e230f694f455dcba2904f00424d8dfb256",
+    ),
+    "minerva": Published(
+        "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/minerva_math/test.jsonl",
+        "9331d8239554f234cc86a9388fe23d9411b0009ace523ec93a45f16fad023722",
+    ),
+    "olympiadbench": Published(
+        "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/olympiadbench/test.jsonl",
+        "7a7cfed963ddd982bff7898a30dd7daf46e683d7c4669217437d53e6dc5d42a7",
+    ),
+}
 TRAIN = {"gsm8k": "gsm8k_train"}  # the sets with a part to train on
 SCORE = {"gsm8k": "gsm8k_test"} | {name: name for name in PUBLISHED if not name.startswith("gsm8k")}
 COMPETITION = "aime24 aime25 amc23 math500 minerva olympiadbench".split()  # the paper's
@@ -342,7 +367,7 @@ def label(suite):
 def data_file(name, data_dir):
     """Path of a published data set in data_dir. Where it is not there it is fetched: to a temporary file, checked, then
     renamed. ValueError, saying which file to put where, if that fails."""
-    path, (home, expected) = Path(data_dir) / f"{name}.jsonl", PUBLISHED[name]
+    path, home, expected = Path(data_dir) / f"{name}.jsonl", GITHUB + PUBLISHED[name].home, PUBLISHED[name].sha256
     if path.exists():
         if sha256(read_problems(str(path))) != expected:
             print(f"note: {path} is not {name} as it was published", file=sys.stderr)

@@ -101,6 +101,7 @@ def published(tmp_path, monkeypatch):
     write(home, *sums(3))
     known = rl.Published(home.as_uri(), rl.sha256(rl.read_problems(str(home))))
     monkeypatch.setitem(rl.PUBLISHED, "gsm8k_train", known)
+    monkeypatch.setattr(rl, "GITHUB", "")
     rl.suites_of.cache_clear()
     yield home
     rl.suites_of.cache_clear()
@@ -132,7 +133,7 @@ def test_without_a_network_it_is_said_what_to_put_where(tmp_path, monkeypatch, e
         rl.suites_of("aime24", str(tmp_path / "data"), scoring=True)
     line = str(said.value)
     assert line.startswith(f"{tmp_path}/data/aime24.jsonl: not there, and could not be fetched")
-    assert line.endswith(f"put it there by hand, from {rl.PUBLISHED['aime24'].home}")
+    assert line.endswith(f"put it there by hand, from {rl.GITHUB}{rl.PUBLISHED['aime24'].home}")
     assert os.listdir(tmp_path / "data") == []
 
 

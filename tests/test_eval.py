@@ -223,7 +223,7 @@ def test_bench_logp_times_everyone_on_the_same_inputs(capsys, monkeypatch):
     command("bench", "--logp", "--repeats", "2")
     out = capsys.readouterr().out
     assert (
-        "(N, C, V) = (70, 8, 40); auto picks naive" in out and "| broken | failed: out of memory | | | | | | |" in out
+        "(N, C, V) = (70, 8, 40); auto picks naive" in out and "| broken | failed: RuntimeError: out of memory |" in out
     )
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith(("| naive", "| chunked", "| torch"))]
     assert len(rows) == 3 and all(float(row[-1]) < 1e-5 and float(row[-2]) < 1e-5 for row in rows)
@@ -245,7 +245,7 @@ FIXTURE = ROOT / "tests" / "reproduce"  # metrics of small runs, cut down to wha
 def test_every_figure_and_table_from_the_fixture(tmp_path):
     shutil.copytree(FIXTURE, tmp_path / "out")
     evaluation.draw(tmp_path / "out")
-    made = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()} - {"parabola.json", "speed.json"}
+    made = {p.name for p in (tmp_path / "out").iterdir() if p.is_file() and p.suffix != ".json"}
     figures = {f"{name}.{kind}" for name in evaluation.FIGURES for kind in ("png", "txt")}
     tables = {f"{name}.{kind}" for name in ("scores", "differences", "claims", "proxies") for kind in ("md", "csv")}
     assert made == figures | tables | {"figures.png"}
@@ -268,12 +268,13 @@ VERDICTS = ("reproduced", "not", "undecided")
 def test_one_seed_has_no_band_and_says_so(tmp_path):
     for label in ("detach", "occ"):
         shutil.copytree(FIXTURE / f"{label}-s0", tmp_path / f"{label}-s0")
-    evaluation.draw(tmp_path)
-    assert "(n = 1)" in (tmp_path / "1-scores.txt").read_text() and "±" not in (tmp_path / "1-scores.txt").read_text()
+    runs, plt = evaluation.finished_runs(tmp_path)[0], evaluation.pyplot()
+    caption = evaluation.draw_scores(plt.figure(), runs, {})
+    assert "(n = 1)" in caption and "±" not in caption
+    evaluation.write_tables(tmp_path, runs, {})
     assert "(n = 1)" in (tmp_path / "differences.md").read_text()
     verdicts = {line.split(" | ")[-1] for line in (tmp_path / "claims.md").read_text().splitlines()[2:]}
     assert verdicts == {"undecided |"}
-    plt = evaluation.pyplot()
     axis = plt.figure().subplots()
     evaluation.draw_lines(axis, {"occ": [[{"step": 1, "x": 1.0}, {"step": 2, "x": 3.0}]]}, lambda r: r["x"])
     (band,) = axis.collections
@@ -377,6 +378,30 @@ def test_the_ceiling_is_the_bound_at_its_best_lambda():
     assert evaluation.ceiling(1.0, 1 - 1e-12) == pytest.approx(0) and math.isnan(evaluation.ceiling(0.5, 1.5))
 
 
+def test_products_across_rollouts_are_without_noise():
+    """20,000 rollouts whose g and m share most of their noise: on average the products are those of what is behind."""
+    signal_g, signal_m = torch.tensor([1.0, 0.0, 0.5]).double(), torch.tensor([0.2, 1.0, 0.0]).double()
+    noise = 3 * torch.randn(20_000, 3).double()
+    g, m = signal_g + noise, signal_m + 0.9 * noise
+    assert evaluation.across(g, m) == pytest.approx((signal_g @ signal_m).item(), abs=0.1)
+    assert evaluation.across(g, g) == pytest.approx((signal_g @ signal_g).item(), abs=0.1)
+    assert (g * m).sum(1).mean() > 20  # what a minibatch sees
+    assert evaluation.across(g[:2], m[:2]) == pytest.approx((g[0] @ m[1] + g[1] @ m[0]).item() / 2)
+
+
+def test_a_second_look_helps_against_noise_only():
+    free = [1.0, 0.5, 2.0]
+    assert evaluation.second_gain(0.0, free, free) == 1 and evaluation.best_second_look(free, free) == 0
+    assert evaluation.second_gain(0.3, free, free) < 1  # without noise nothing beats g
+    seen = [free[0] + 3, free[1], free[2] + 3]  # independent noise: two measurements of what they have in common
+    best = evaluation.best_second_look(free, seen)
+    gains = {lam: evaluation.second_gain(lam, free, seen) for lam in (best - 0.05, best, best + 0.05)}
+    assert max(gains, key=gains.get) == best > 0 and gains[best] > 1.05
+    u2 = seen[0] + 2 * best * seen[1] + best**2 * seen[2]  # by the definition: <E g, E u>²/E‖u‖², over that of λ = 0
+    assert gains[best] == pytest.approx((free[0] + best * free[1]) ** 2 / u2 / (free[0] ** 2 / seen[0]))
+    assert math.isnan(evaluation.cosine(-0.1, 1.0, 1.0)) and evaluation.cosine(4.0, 1.0, 1.0) == 0.5
+
+
 def test_terms_of_the_decomposition_use_the_mean_curvature_of_the_run():
     probe = {"occ/lam": 0.5, "occ/c": 2.0, "occ/c_split": 1.5, "occ/v2": 4.0, "occ/eta": 0.1}
     probes = [{"step": s, "occ/L": L, **probe} for s, L in ((2, 1.0), (4, 3.0))]
@@ -389,8 +414,12 @@ def test_terms_of_the_decomposition_use_the_mean_curvature_of_the_run():
 @pytest.mark.parametrize("label", ("detach", "occ", "policy-0.1"))
 def test_any_regime_can_be_drawn_alone(label, tmp_path):
     shutil.copytree(FIXTURE / f"{label}-s0", tmp_path / f"{label}-s0")
-    evaluation.draw(tmp_path)
-    assert (tmp_path / "figures.png").exists()
+    runs, plt = evaluation.finished_runs(tmp_path)[0], evaluation.pyplot()
+    for draw in evaluation.FIGURES.values():
+        assert "Runs: " in draw(plt.figure(), runs, {}) or draw in (evaluation.draw_speed, evaluation.draw_second_look)
+    plt.close("all")
+    evaluation.write_tables(tmp_path, runs, {})
+    assert (tmp_path / "claims.md").exists()
 
 
 def test_a_measurement_is_made_once_and_again_when_it_is_another(tmp_path, monkeypatch):
@@ -404,8 +433,12 @@ def test_a_measurement_is_made_once_and_again_when_it_is_another(tmp_path, monke
     assert json.loads(path.read_text())["found"] == 3
 
 
-def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
-    """The smoke version, from the shell: all files are there. Then a run is cut short and another one broken."""
+def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys, monkeypatch):
+    """The smoke version with a run cut short and another one broken. What is drawn, the fixture tells."""
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw", lambda *what: drawn.append(what))
+    here = lambda f, *what: {"occ": [1.0]} if f is evaluation.step_ratios else f(*what)  # not in a new process
+    monkeypatch.setattr(evaluation, "in_new_process", here)
     out = tmp_path / "out"
     command = ["reproduce", "--fast", "--seeds", "1", "--regimes", "detach", "occ", "ce", "--out", str(out)]
     args = evaluation.parse(command)
@@ -416,10 +449,10 @@ def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
     (out / "ce-s0" / "ckpt.pt").touch()  # another program's file: train.py refuses the folder
     assert evaluation.main(args) == 1
     err = capsys.readouterr().err
-    assert "failed:" in err and "ce-s0: has a ckpt.pt" in err
+    assert "failed:" in err and "ce-s0: has a ckpt.pt" in err and "look-end-ce-s0: ValueError" in err
     whole = (out / "occ-s0" / "metrics.jsonl").read_text()
     assert whole.startswith(began) and len(whole.splitlines()) == 2 + 10
-    assert {p.stem for p in out.glob("*.png")} == {*evaluation.FIGURES, "figures"}
+    assert drawn == [(str(out), 10)]
     probes = [json.loads(line) for line in whole.splitlines() if '"occ/c"' in line]
     assert len(probes) == 5 and all(math.isfinite(r["occ/L"]) and r["occ/eta"] > 0 for r in probes)
     points = json.loads((out / "parabola.json").read_text())["found"]
@@ -427,6 +460,9 @@ def test_reproduce_resumes_what_died_and_names_what_failed(tmp_path, capsys):
     for p in points:  # the quadratic, fitted at three lengths of the step, meets what was measured at one of them
         predicted = 100 * (p["eta"] * p["slope_g"] - p["L"][0] * p["eta"] ** 2 * p["g2"] / 2)
         assert 0.5 < predicted / p["plain"]["alone"][0] < 1.5
+    looks = {path.stem: json.loads(path.read_text())["found"] for path in out.glob("look-*.json")}
+    assert set(looks) == {"look-end-occ-s0", "look-start-ce-s0"}
+    assert all(len(x["free"]) == 3 and x["seen"][0] > x["free"][0] for x in looks.values())
     zero = evaluation.LAMBDAS.index(0.0)
     assert all(p[kind]["more"][zero] == [0, 0] for p in points for kind in ("plain", "adam"))
     (out / "ce-s0" / "ckpt.pt").unlink()
