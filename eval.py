@@ -50,7 +50,9 @@ from model import GPT, GPTConfig, autocast, choose, generate, pad
 
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
-FREE = "out cache_dir device threads save_every steps".split()  # settings of a run that are no part of the experiment
+FREE = (
+    "out cache_dir data_dir device threads save_every steps".split()
+)  # settings of a run that are no part of the experiment
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POINTS = 60  # of a line in a plot, at most
 CACHE = 2**28  # numbers in a sampler's KV cache while scoring: 1 GiB in float32
@@ -167,8 +169,8 @@ def evaluate(model, tok, cfg):
     suites = rl.suites_of(cfg.task, cfg.data_dir)
     problems = [p for suite in suites for p in rl.held_out_problems(suite, cfg.difficulty, cfg.eval_problems)]
     right = accuracy(model, tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature)
-    of = {rl.label(suite): [i for i, p in enumerate(problems) if p.suite == suite] for suite in suites}
-    mean = {name: 100 * right[rows].mean().item() for name, rows in of.items()}
+    rows = {rl.label(suite): [i for i, p in enumerate(problems) if p.suite == suite] for suite in suites}
+    mean = {name: 100 * right[some].mean().item() for name, some in rows.items()}
     return {"eval/score": sum(mean.values()) / len(mean)} | {f"eval/{s}": value for s, value in mean.items()}
 
 
@@ -194,7 +196,9 @@ def score(args):
         raise ValueError(f"--speculative {args.speculative}: {args.run} has no heads to draft with")
     suites = rl.suites_of(args.suite or cfg.task, args.data_dir or cfg.data_dir, scoring=bool(args.suite))
     if args.suite:
-        rl.check_apart(rl.suites_of(f"{cfg.task},{cfg.pretrain_task or cfg.task}", cfg.data_dir), suites)
+        trained = [s for task in {cfg.task, cfg.pretrain_task or cfg.task} for s in rl.suites_of(task, cfg.data_dir)]
+        rl.check_unchanged(read_metrics(args.run)[0].get("data", {}))
+        rl.check_apart(trained, suites)
     rows, spec = [], mtp.Speculator(heads, args.speculative) if args.speculative else None
     longest, new = rl.longest(suites, cfg.difficulty, tok)[0], args.max_new_tokens or cfg.max_new_tokens
     model.reach(max(model.cfg.block_size, longest + new))

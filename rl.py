@@ -14,15 +14,19 @@ the skill but shows it half of the time; RL, which can hardly teach a new skill 
 Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · K MTP depth
 """
 
+import contextlib
 import functools
 import hashlib
+import http.client
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
 import sys
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -244,7 +248,7 @@ def problem_stream(suites, difficulty, rng, **kwargs):
 
 def held_out_problems(suite, difficulty, count, seed=0):
     """Up to count different held-out problems of a suite: fewer where the suite has no more at this difficulty."""
-    rng, found = random.Random(f"{seed}/held out/{suite}"), {}
+    rng, found = random.Random(f"{seed}/held out/{label(suite)}"), {}
     if suite not in SUITES:
         some = side(suite, held_out=True)
         return rng.sample(some, min(count, len(some)))
@@ -257,8 +261,8 @@ def held_out_problems(suite, difficulty, count, seed=0):
 
 
 def longest(suites, difficulty, tok):
-    """Tokens of the longest prompt and of the longest solution, and how many a response must have room for: as a
-    solution of a suite here is long, or as the shortest of a data set. In a suite, characters: no fewer."""
+    """Tokens of the longest prompt and of the longest solution, and how many a response must have room for: a solution
+    of a suite, the shortest of a data set. For suites these are characters, of which there are never fewer."""
     prompts, solutions, least = [], [], 0
     for suite in suites:
         kind = SUITES.get(suite)
@@ -288,39 +292,39 @@ GITHUB = "https://raw.githubusercontent.com/"
 PUBLISHED = {
     "gsm8k_train": Published(
         "openai/grade-school-math/HEAD/grade_school_math/data/train.jsonl",
-        "0cc663420218873d17c7c9fc1ab566c90a2d03e8f5a034bede3ea175693a88ea",
+        "b614825d97818fb852875a0ee7fe28ee32fa666eed52be0fdf093a4f7a9f8efc",
     ),
     "gsm8k_test": Published(
         "openai/grade-school-math/HEAD/grade_school_math/data/test.jsonl",
-        "37be472f61bf09a28b6c641031c5fb6c5563950eb40c1509ca269094b8eaef84",
+        "af4debaff949dc3b6753fdfac09e7fafa01c6af36e26823dc594eb1a65830fc5",
     ),
     "svamp": Published(
         "arkilpatel/SVAMP/HEAD/SVAMP.json",
-        "847c94fa1060673fe9204ed6326e9bdb64f664c174f61f902f42288923eebcff",
+        "5dbb0cb06ced5249b21cd1660cc3e4fbef1ab9e0ad49947971d00fd9faf888b2",
     ),
     "math500": Published(
         "hkust-nlp/simpleRL-reason/HEAD/examples/simplelr_math_eval/data/math500/test.jsonl",
-        "fb9c2a17b2d99a221c1f44f4c6859880505aa01a6a5f69fe4476b5578c56f042",
+        "2e1a00cf085a4661bbd4700a4bd4b227dc039ae9b075eeb2c4f4879cb0c66900",
     ),
     "aime24": Published(
         "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/aime24/test.jsonl",
-        "c814bfd2f4c6d66b9a37d0aa20d8d791ab71cd45e934aa4912bd29badd74af8b",
+        "ce968cb269e9a7d93e27859ddc90fd9581ec89292fb75774dd7dac497da55da0",
     ),
     "aime25": Published(
         "armenjeddi/mcd/HEAD/evaluation/data/aime25/test.jsonl",
-        "214baf85861ce8af82d09e34a2a2ab1d26920449262b85b509de55369a0a7dae",
+        "d53999615c0f30df67e135ea92d598a19e202ac7694036ba130a5f7275268f71",
     ),
     "amc23": Published(
         "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/amc23/test.jsonl",
-        "eff2e21abecabc2860d29147d578f8e230f694f455dcba2904f00424d8dfb256",
+        "3ae81c6e6d9bce3659c81bb8dc27ecf07d3b3945afaea526b218a27626ff230e",
     ),
     "minerva": Published(
         "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/minerva_math/test.jsonl",
-        "9331d8239554f234cc86a9388fe23d9411b0009ace523ec93a45f16fad023722",
+        "b3e8c41937690bff24c5254e26cc4c444ff2461756b57c304702ea4c62a23467",
     ),
     "olympiadbench": Published(
         "QwenLM/Qwen2.5-Math/HEAD/evaluation/data/olympiadbench/test.jsonl",
-        "7a7cfed963ddd982bff7898a30dd7daf46e683d7c4669217437d53e6dc5d42a7",
+        "9b05df87d62db5a1ec7b28df2d833a2699efca736476f772d14c5bb6b67d3d45",
     ),
 }
 TRAIN = {"gsm8k": "gsm8k_train"}  # the sets with a part to train on
@@ -354,6 +358,10 @@ def suites_of(task, data_dir="data", scoring=False):
             raise ValueError(
                 f"{flag}: unknown suite {name!r}; allowed: {', '.join(several)}, or some of {allowed},FILE.jsonl"
             )
+        if suite not in SUITES and label(suite) in ("score", "all"):
+            raise ValueError(
+                f"{flag}: {suite}: {label(suite)} is the name of a mean in logs and tables; rename the file"
+            )
         if found.setdefault(label(suite), suite) != suite:
             raise ValueError(f"{flag}: {found[label(suite)]} and {suite} would have one name, {label(suite)}")
     return list(found.values())
@@ -373,7 +381,6 @@ def data_file(name, data_dir):
             print(f"note: {path} is not {name} as it was published", file=sys.stderr)
         return str(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    by_hand = f"put it there by hand, from {home}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(home, timeout=30) as source, open(aside, "wb") as f:
@@ -382,19 +389,28 @@ def data_file(name, data_dir):
                 while block := source.read(2**16):
                     bar.update(f.write(block))
         if sha256(read_problems.__wrapped__(str(aside))) != expected:
-            raise ValueError(f"{path}: not there, and what {home} has is another text than expected; {by_hand}")
+            raise ValueError("what is there is not as it was published")
         os.replace(aside, path)
-    except OSError as error:
-        raise ValueError(f"{path}: not there, and could not be fetched ({error}); {by_hand}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        what = str(error).replace(aside.name, "what is there")
+        raise ValueError(f"{path}: not there, and not fetched ({what}); put it there by hand, from {home}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
     return str(path)
 
 
 def sha256(problems):
-    """Of the problems and answers as they were read, whatever else a file holds and however it is laid out."""
-    pairs = "".join(json.dumps([p.prompt, p.answer]) + "\n" for p in problems)
-    return hashlib.sha256(pairs.encode()).hexdigest()
+    """Of problems, answers and solutions as they were read, whatever else a file holds and however it is laid out."""
+    lines = "".join(json.dumps([p.prompt, p.answer, p.solution]) + "\n" for p in problems)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_unchanged(data):
+    """ValueError if a data set is not what it was; data: {path: sha256 when a run began}."""
+    for path, before in data.items():
+        if sha256(read_problems(path)) != before:
+            raise ValueError(f"{path}: its problems have changed since the run was trained on it")
 
 
 @functools.cache
@@ -405,7 +421,7 @@ def read_problems(path):
     solution that ends in "#### gold", or `final_answer`, a list of one, or the box of `solution`.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     problems, is_array = [], text.lstrip().startswith("[")
@@ -439,7 +455,7 @@ def read_problems(path):
 
 def _text_of(record):
     body, question = record.get("Body"), record.get("Question")
-    text = record.get("problem", record.get("question"))
+    text = record.get("problem") or record.get("question")
     if text is None and isinstance(body, str) and isinstance(question, str):  # SVAMP
         text = f"{body.strip().removesuffix('.')}. {question}"
     return text.strip() if isinstance(text, str) else ""
@@ -451,16 +467,16 @@ def _gold_of(record):
         answer = record["final_answer"][0]
     if answer is None and isinstance(record.get("solution"), str):
         answer = extract_answer(record["solution"])
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
+    if isinstance(answer, float):
+        answer = int(answer) if answer.is_integer() else answer if math.isfinite(answer) else None
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    return (extract_answer(answer) or "" if "####" in answer else answer.strip()) if isinstance(answer, str) else ""
+    return answer.rpartition("####")[2].strip() if isinstance(answer, str) else ""
 
 
 def normal(text):
-    """The letters and digits of a text, in lower case: problems that agree in this are the same."""
-    return "".join(c for c in text.casefold() if c.isalnum())
+    """Letters, digits and signs of arithmetic of a text, in lower case: problems that agree in this are the same."""
+    return "".join(c for c in text.casefold() if c.isalnum() or c in "+*/=^<>")
 
 
 @functools.cache
@@ -484,14 +500,13 @@ def token_lengths(path, tok):
 
 def check_apart(training, scored):
     """ValueError if a data set to be scored shares problems with one that was trained on."""
-    for name in scored:
-        for other in training:
-            if name not in SUITES and other not in SUITES:
-                known = {normal(p.prompt) for p in read_problems(other)}
-                shared = sum(normal(p.prompt) in known for p in read_problems(name))
-                if shared:
-                    raise ValueError(f"--suite {name}: {shared} of its {len(read_problems(name))} problems are in {other}, "
-                                     "which the run was trained on")  # fmt: skip
+    for other in (suite for suite in training if suite not in SUITES):
+        known = {normal(p.prompt) for p in read_problems(other)}
+        for name in (suite for suite in scored if suite not in SUITES):
+            shared = sum(normal(p.prompt) in known for p in read_problems(name))
+            if shared:
+                raise ValueError(f"--suite {name}: {shared} of its {len(read_problems(name))} problems are in {other}, "
+                                 "which the run was trained on")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,29 +519,34 @@ _PLAIN = re.compile(r"-?\d{1,400}", re.ASCII)
 
 
 def extract_answer(text):
-    """What a completion gives as its answer: the last \\boxed{...}, else after the last "####", else after the last
-    "Answer:", to the end of the line. None when there is none of them: never the whole text."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for end in range(start + len("\\boxed"), min(len(text), start + LONGEST)):
+    """What a completion gives as its answer: the last whole \\boxed{...}, else the line after the last "####", else
+    after the last "Answer:" (in any case). None when there is none of them: never the whole text."""
+    start = text.rfind("\\boxed")
+    for _ in range(10):  # the last ones may be cut off
+        if start < 0:
+            break
+        opened, depth = re.compile(r"\s{0,9}\{").match(text, start + len("\\boxed")), 0
+        for end in range(opened.end() - 1, min(len(text), start + LONGEST)) if opened else ():
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
-                return text[start + len("\\boxed{") : end].strip() or None
-        return None
-    for marker in ("####", "Answer:"):
-        _, found, tail = text.rpartition(marker)
-        if found:
-            return tail.partition("\n")[0].strip(" \t\r*") or None  # "**Answer:** 7"
-    return None
+                return text[opened.end() : end].strip() or None
+        start = text.rfind("\\boxed", 0, start)
+    _, found, tail = text.rpartition("####")
+    if not found:
+        ends = [m.end() for m in re.finditer(r"answer\*{0,2}:", text, re.IGNORECASE)]
+        found, tail = bool(ends), text[ends[-1] :] if ends else ""
+    line = tail.lstrip("* \t\r\n").partition("\n")[0]  # "**Answer:** 7"
+    return line.strip("* \t\r") or None if found else None
 
 
 _UNICODE = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
+    "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2014": "-", "\u2044": "/", "\u200b": "", "\ufeff": "", "\u00a0": " ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
     "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b0": r"^\circ ", "\u221a": r"\sqrt ", "\u2264": r"\le ",
-    "\u2265": r"\ge ", "\u222a": r"\cup ", "\u2208": r"\in ", "\u00b1": r"\pm ", "\u00b2": "^2", "\u00b3": "^3",
+    "\u2265": r"\ge ", "\u222a": r"\cup ", "\u2208": r"\in ", "\u00b1": r"\pm ", "\u03b1": r"\alpha ",
     "\u00a2": r"\text{cents}", "\u2032": "'",
 })  # fmt: skip
+_RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
+# While a text is rewritten, \x02 and \x03 stand around what was \text{...} and \x04 for dollars.
 _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"[\x00-\x1f]", " "),
     (r"\\\\", r"\\newrow "),
@@ -534,11 +554,14 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\\$", "\x04"),  # dollars
     (r"\$|\\[()\[\]]", ""),  # of formulas
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;])\s*(?=\d{3}(?!\d))", ","),  # within thousands
-    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\\displaystyle(?![a-zA-Z])", " "),
+    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\{\}|\\displaystyle(?![a-zA-Z])", " "),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
     (r"\\[dtc](?=(?:frac|binom)(?![a-zA-Z]))", r"\\"),
-    (r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|rm|operatorname)\s*\{([^{}]*)\}", "\x02\\1\x03"),
-    (r"\x02\s*([-+\d.,\x04]+)\s*\x03", r"\1"),  # a number in bold
+    (r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathsf|boldsymbol|boxed|fbox|operatorname)\s*\{([^{}]*)\}", "\x02\\1\x03"),
+    (r"(?<![\d.,])\x02([^a-zA-Z\x02\x03]*)\x03", r"\1"),  # no words: a number in bold
+    (r"\\big(cup|cap)", r"\\\1"),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+    (r"(?<![a-zA-Z\\])inf(?:inity|ty)?(?![a-zA-Z])", r"\\infty "),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", "\x02degrees\x03"),
     (r"\(([^(),]*)\)(?=\x02degrees)", r"\1"),
     (r"\\%", "%"),
@@ -549,14 +572,14 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
-    (r"\.\s*$", ""),
+    (r"[.,]\s*$", ""),
 )]  # fmt: skip
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(rf"""\s*(?P<sign>[+-]?)\s*(?:
     (?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<top_sign>[+-]?)\s*(?P<top>{_DECIMAL})\s*\}}
                                \s*\{{\s*(?P<below_sign>[+-]?)\s*(?P<below>{_DECIMAL})\s*\}}
   | (?:(?P<plain_whole>\d+)\s+)?(?P<plain_top>{_DECIMAL})\s*/\s*(?P<plain_sign>[+-]?)(?P<plain_below>{_DECIMAL})
-  | 10\s*\^\s*(?:(?P<power>\d+)|\{{\s*(?P<power_>[+-]?\d+)\s*\}})
+  | 10\s*\^\s*(?:(?P<power>[+-]?\d+)|\{{\s*(?P<power_>[+-]?\d+)\s*\}})
   | (?P<decimal>{_DECIMAL})(?:[eE](?P<e>[+-]?\d+)
       | \s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:(?P<ten>[+-]?\d+)|\{{\s*(?P<ten_>[+-]?\d+)\s*\}}))?
   )\s*""", re.VERBOSE | re.ASCII)  # fmt: skip
@@ -565,7 +588,14 @@ _UNITS = {  # spellings -> one name; plurals in s are told apart by nothing else
     "m": "meter", "km": "kilometer", "mi": "mile", "g": "gram", "kg": "kilogram", "deg": "degree", "hr": "hour",
     "min": "minute", "sec": "second", "s": "second",
 }  # fmt: skip
+_NO_UNITS = (
+    "hundred thousand million billion trillion dozen half is are was not or and if so no more less than wrong about"
+)
 _NAMES = "sqrt pi sin cos tan cot sec csc arcsin arccos arctan log ln exp infty".split()
+_FUNCTIONS = set(_NAMES) - {"pi", "infty"}
+_NAME = re.compile(  # x, x_1, f(x), (x, y)
+    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{[^{}]*\}))?(?:\(\s*[a-zA-Z]\s*\))?|\((?:\s*\\?[a-zA-Z]+\s*,)+\s*\\?[a-zA-Z]+\s*\)"
+)
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[a-zA-Z]+|\d+(?:\.\d*)?|\.\d+|\S", re.ASCII)
 
 
@@ -574,22 +604,19 @@ class Answer(NamedTuple):
 
     kind: str
     value: object  # Fraction · str · parts
-    mark: str = ""  # unit of a number · brackets of a tuple · what is named
+    mark: str = ""  # unit of a number · brackets of a tuple · what is named · a text as it was written
 
 
 def read_answer(text, units=False):
     """Text of an answer -> Answer. units: a number may carry any word as its unit, not only \\text{...}."""
-    text = text.translate(_UNICODE)
+    if not text.isascii():
+        text = re.sub(f"[{''.join(map(chr, _RAISED))}]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+        text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # two and a half
+        text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)[:LONGEST]
+    text = text.strip("*").lstrip().removeprefix("=")
     for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
     return _read(text, units)
-
-
-def parse_number(text):
-    """An integer, decimal, fraction, mixed number or power of ten ("-1,234.50", "3/4", "1\\frac{4}{5}", "4.5e33"), with
-    a percent sign or as dollars, as an exact Fraction; None if text is none of these, or carries another unit."""
-    answer = read_answer(text) if _fits(text) else None
-    return answer.value if answer and answer.kind == "number" and answer.mark in ("", "%", "dollar") else None
 
 
 def _fits(text):
@@ -611,20 +638,22 @@ def _read(s, units):
     words = s.replace("\x02", "").replace("\x03", "").strip()
     if re.fullmatch(r"\(?[a-zA-Z](?:[a-zA-Z ]|\^\\prime )*\)?", words) and (
             s.startswith("\x02") or re.search("[a-zA-Z]{3}", words) and words not in _NAMES):  # fmt: skip
-        words = words.strip("() ")
-        return Answer("words", " ".join(words.casefold().split()) if len(words) > 1 else words)
-    unknown = re.match(r"[a-zA-Z]\s*\\in(?![a-zA-Z])\s*(?=[(\[\\])", s)
+        words = " ".join(words.strip("() ").split())
+        plain = s.startswith("\x02") and len(words) > 1 or re.search("[a-zA-Z]{4}", words)  # not a product of variables
+        return Answer("words", words.casefold() if plain else words)
+    unknown = re.match(r"([a-zA-Z])\s*\\in(?![a-zA-Z])\s*(?=[(\[\\])", s)
     if unknown:
-        s = s[unknown.end() :]
+        return Answer("named", _read(s[unknown.end() :], units), unknown[1])
     pieces = _split(s, r"\\cup(?![a-zA-Z])")
     if len(pieces) > 1:
         return Answer("union", [_read(piece, units) for piece in pieces])
-    pieces = _split(s, r"[,;]|\x02?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*\x03?")
+    comma = r",\s" if {c[-1:] for c in re.findall(r",.", s)} > {" "} and r"(" not in s else ","  # "1,000, 2,000"
+    pieces = _split(s, comma + r"|;|\x02?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*\x03?")
     if len(pieces) > 1:
         return Answer("list", _spread(pieces, units))
-    both = re.compile(r"\\pm(?![a-zA-Z])")
-    if both.search(s):
-        return Answer("list", [_read(both.sub(sign, s), units) for sign in "+-"])
+    pieces = _split(s, r"\\pm(?![a-zA-Z])")
+    if len(pieces) > 1:
+        return Answer("list", [_read(sign.join(pieces), units) for sign in "+-"])
     matrix = re.fullmatch(r"\\begin\s*\{[bp]?matrix\}(.*)\\end\s*\{[bp]?matrix\}", s, re.DOTALL)
     if matrix:
         rows = [row.split("&") for row in matrix[1].split("\\newrow ") if row.strip()]
@@ -643,9 +672,11 @@ def _read(s, units):
             if start + end == "()":
                 return _read(middle, units)
     sides = s.replace("\x02", "").replace("\x03", "").split("=")
-    if len(sides) == 2 and re.fullmatch(r"\\?[a-zA-Z]+(?:_\{?[^{}]*\}?)?(?:\(\s*[a-zA-Z]\s*\))?", sides[0].strip()):
-        return Answer("named", _read(sides[1], units), _canonical(sides[0]))
-    return Answer("text", _canonical(s))
+    if len(sides) == 2:
+        for name, value in (sides, sides[::-1]):
+            if _NAME.fullmatch(name.strip()):
+                return Answer("named", _read(value, units), _canonical(name))
+    return Answer("text", _canonical(s), s)
 
 
 def _spread(pieces, units):
@@ -655,7 +686,7 @@ def _spread(pieces, units):
 
 
 def _split(s, separator):
-    """s cut at matches of the separator that are outside of all brackets; thousands are not cut."""
+    """s cut at matches of the separator that are outside of all brackets."""
     depth, start, pieces, cuts = 0, 0, [], {m.start(): m.end() for m in re.finditer(separator, s)}
     for i, c in enumerate(s):
         if i in cuts and depth == 0 and i >= start:
@@ -695,20 +726,22 @@ def _decimal(digits):
 
 
 def _unit(s, plain):
-    """The one name of a unit, "" for none, "%", or None if s is no unit. plain: any word is one, not only dollars."""
-    match = re.fullmatch(r"(?:\x02([a-zA-Z. /]*)\x03|([a-zA-Z. ]*)|%)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?", s)
+    """The one name of a unit, "" for none, "%", or None if s is no unit: it is one in \\text{...}, and dollars, percent
+    and (if plain) any other word are one without."""
+    match = re.fullmatch(r"(?:\x02([a-zA-Z. /]*)(?:\^?(-?\d))?\x03|([a-zA-Z. ]*)|%)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?", s)
     if not match:
         return None
-    words = (match[1] if match[1] is not None else match[2] or "").replace(".", "").casefold().split()
+    inside, words = match[1], (match[1] or match[3] or "").replace(".", "").casefold().split()
     if s == "%" or words in (["percent"], ["per", "cent"]):
         return "%"
-    power = match[3] or {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
-    names = [
-        _UNITS.get(w, w.removesuffix("s") if len(w) > 2 else w) for w in words if w not in ("square", "sq", "cubic")
-    ]
-    if not names and not power:
-        return ""
-    if not names or match[1] is None and not plain and names != ["dollar"]:
+    power = match[4] or match[2] or {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
+    words = [w.replace("metre", "meter") for w in words if w not in ("square", "sq", "cubic")]
+    if not words:
+        return None if power else ""
+    if any(w in _NO_UNITS.split() or len(w) < 3 and w not in _UNITS for w in words):
+        return None
+    names = [_UNITS.get(w, w.removesuffix("s") if len(w) > 2 else w) for w in words]
+    if inside is None and not plain and names != ["dollar"]:
         return None
     return " ".join(names) + power
 
@@ -716,17 +749,35 @@ def _unit(s, plain):
 def _canonical(s):
     """A formula as one string, the same for what differs only in how it is written: spaces, braces, \\frac, dots."""
     s = s.replace("\x02", "").replace("\x03", "").replace("np.", "")
+    if not _paired(s):
+        return " ".join(_TOKEN.findall(s))
     tokens = []
     for t in _TOKEN.findall(s):
         if t[0].isalpha():
             tokens += ["\\" + t] if t in _NAMES else list(t)
         else:
-            tokens.append(str(_decimal(t)) if t[0].isdigit() or t[0] == "." and len(t) > 1 else t)
+            tokens.append(str(_decimal(t)) if re.match(r"\.?[0-9]", t) else t)
     out = _grouped(iter(tokens))
     times = (r"\times", r"\cdot", "*")
     number = lambda i: 0 <= i < len(out) and out[i][0].isdigit()
-    kept = [("*" if t in times else t) for i, t in enumerate(out) if t not in times or number(i - 1) and number(i + 1)]
+    sign = lambda i: i < len(out) and out[i] in "+-"
+    kept = [
+        ("*" if t in times else t)
+        for i, t in enumerate(out)
+        if t not in times or sign(i + 1) or number(i - 1) and number(i + 1)
+    ]
     return " ".join(kept[1:] if kept[:1] == ["+"] else kept)
+
+
+def _paired(s):
+    """Whether every ( and { is closed by its like."""
+    open_ = []
+    for c in re.sub(r"\\[{}]", "", s):
+        if c in "({":
+            open_.append(c)
+        elif c in ")}" and (not open_ or open_.pop() + c not in ("()", "{}")):
+            return False
+    return not open_
 
 
 def _grouped(tokens):
@@ -735,16 +786,17 @@ def _grouped(tokens):
 
     def group(t):
         inner = _grouped(tokens) if t in ("{", "(") else [t]
-        return inner if len(inner) == 1 else ["(", *inner, ")"]
+        argument = t == "(" and out[-1:] and len(out[-1]) == 1 and out[-1].isalpha()  # of f(2)
+        return inner if len(inner) == 1 and not argument else ["(", *inner, ")"]
 
     for t in tokens:
         if t in ("}", ")"):
             break
         if t == r"\frac":
             top, below = group(next(tokens, "")), group(next(tokens, ""))
-            if out[-1:] not in (["/"], ["^"], ["_"], [r"\sqrt"]):  # a product needs no brackets above, a power nowhere
-                top = _bare(top, _PRODUCT)
-            out += [*top, "/", *_bare(below, _POWER)]
+            inner = [*_bare(top, _PRODUCT), "/", *_bare(below, _POWER)]
+            whole = out[-2:-1] == ["_"] or out and (out[-1] in ("/", "^", "_") or out[-1].lstrip("\\") in _FUNCTIONS)
+            out += ["(", *inner, ")"] if whole else inner
         else:
             out += group(t)
     return [t for t in out if t]
@@ -760,13 +812,13 @@ def _bare(group, shape):
     return group[1:-1] if group[:1] == ["("] and shape.fullmatch(" ".join(group[1:-1])) else group
 
 
-def same(gold, candidate):
+def same(gold, candidate, algebra=False):
     """Whether two Answers are the same. A unit may be left out by either, but nobody takes cents for dollars, or N for
     N % unless the gold is in percent; a name too, where a list has not several."""
     if gold.kind == "named" or candidate.kind == "named":
         if gold.kind == candidate.kind and gold.mark != candidate.mark:
             return False
-        return same(*(x.value if x.kind == "named" else x for x in (gold, candidate)))
+        return same(*(x.value if x.kind == "named" else x for x in (gold, candidate)), algebra)
     if gold.kind == "words" and candidate.kind == "text":
         return gold.value == candidate.value  # (C)
     if gold.kind != candidate.kind:
@@ -776,16 +828,20 @@ def same(gold, candidate):
         return candidate.value in values and (
             candidate.mark in ("", gold.mark) or not gold.mark and candidate.mark != "cent"
         )
-    if gold.kind in ("words", "text"):
+    if gold.kind == "text":
+        return gold.value == candidate.value or algebra and equal_by_algebra(gold.mark, candidate.mark)
+    if gold.kind == "words":
         return gold.value == candidate.value
     if len(gold.value) != len(candidate.value) or gold.mark != candidate.mark:
         return False
     if gold.kind in ("tuple", "matrix"):
-        return all(map(same, gold.value, candidate.value))
+        return all(same(a, b, algebra) for a, b in zip(gold.value, candidate.value))
     left = list(candidate.value)  # in any order
     names = len({part.mark for part in gold.value if part.kind == "named"}) > 1
     for part in gold.value:
-        match = next((i for i, x in enumerate(left) if same(part, x) and (part.kind == x.kind or not names)), None)
+        match = next(
+            (i for i, x in enumerate(left) if same(part, x, algebra) and (part.kind == x.kind or not names)), None
+        )
         if match is None:
             return False
         left.pop(match)
@@ -817,30 +873,30 @@ def answers_equal(gold, candidate):
     if not _fits(gold) or not _fits(candidate):
         return False
     wanted = read_answer(gold)
-    if same(wanted, read_answer(candidate, units=_has(wanted, lambda x: x.kind == "number" and x.mark != ""))):
-        return True
-    return is_symbolic(gold) and equal_by_algebra(gold, candidate)
+    given = read_answer(candidate, units=_has(wanted, lambda x: x.kind == "number" and x.mark != ""))
+    one = lambda x: x.value[0] if x.kind == "list" and len(x.value) == 1 else x  # {5} is 5
+    return same(one(wanted), one(given), algebra=has_algebra())
 
 
-_TAME = re.compile(r"(?:(?!__|\d{5})[\w\s+\-*/^{}()\[\]\\.,=|!<>$])*", re.ASCII)
+_TAME = re.compile(r"(?:(?!__|\d{5})[\w\s+\-*/^{}()\[\]\\.,|<>])*", re.ASCII)
 
 
 @functools.cache
 def has_algebra():
+    """Whether math-verify is installed."""
     return importlib.util.find_spec("math_verify") is not None
 
 
 def equal_by_algebra(gold, candidate):
-    """What math-verify (an optional package) says; False where it is not installed. It computes with what it reads:
-    text with code, long numbers, factorials of factorials or powers of powers is not shown to it, and it has a second.
-    """
-    tame = len(candidate) <= 200 and _TAME.fullmatch(candidate) and candidate.count("!") < 2
-    if not tame or len(re.findall(r"[\d)}]\s*(?:\^|\*\*)", candidate)) > 1 or not has_algebra():
+    """What math-verify (an optional package) says of two formulas. It computes with what it reads, up to a second: text
+    with code, long numbers, factorials, equations or powers of powers is not shown to it."""
+    tame = len(candidate) <= 200 and _TAME.fullmatch(candidate) and not re.search(r"\^\s*\{?[^}]{0,9}\d\d\d", candidate)
+    if not tame or len(re.findall(r"[\d)}]\s*\^", candidate)) > 1:
         return False
     import math_verify
 
     try:
-        read = [math_verify.parse(f"${x.replace('$', '')}$", parsing_timeout=1) for x in (gold, candidate)]
+        read = [math_verify.parse(f"${x}$", parsing_timeout=1) for x in (gold, candidate)]
         return bool(math_verify.verify(*read, timeout_seconds=1))
     except Exception:  # whatever it meets in a text that it cannot read
         return False

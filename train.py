@@ -172,7 +172,7 @@ class Config:
         _, _, solution = rl.longest(suites, self.difficulty, tok)
         least = (solution + 1) * 5 // 4 if algo.overlong else solution + 1  # the overlong penalty takes the last fifth
         need("max_new_tokens", self.max_new_tokens >= least, f"{least} or more for this task and difficulty")
-        prompt, solution, _ = rl.longest([*suites, *self.pretrain_suites()], self.difficulty, tok)
+        prompt, solution, _ = rl.longest(self.suites(), self.difficulty, tok)
         least = prompt + max(solution + 1, self.max_new_tokens)
         self.block_size = self.block_size or least
         need("block_size", self.block_size >= least, f"0, or {least} or more for this task and max_new_tokens")
@@ -180,6 +180,10 @@ class Config:
 
     def pretrain_suites(self):
         return rl.suites_of(self.pretrain_task or self.task, self.data_dir)
+
+    def suites(self):
+        """All that a run is trained on."""
+        return {*rl.suites_of(self.task, self.data_dir), *self.pretrain_suites()}
 
     def algorithm(self):
         """The method that --algo names, with the details that were given by flags."""
@@ -293,7 +297,7 @@ def pretrained(cfg, tok, device, stop):
     """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
     model, heads = evaluation.build(cfg, tok, device)
     names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_d"))]
-    names.remove("pretrain_task")  # but what it stands for: names of suites, contents of files
+    names.remove("pretrain_task")  # but what it stands for, below: names of suites, contents of files
     names += ["difficulty", "careless", "tokenizer", "seed", "tied", "vocab_size", "logp_impl"]
     texts = [s if s in rl.SUITES else rl.sha256(rl.read_problems(s)) for s in cfg.pretrain_suites()]
     code = [Path(inspect.getfile(c)).read_text() for c in (type(model), type(heads), rl)]
@@ -395,6 +399,7 @@ class Run:
             "config": dataclasses.asdict(cfg),
             "seed": cfg.seed,
             "commit": _commit(),
+            "data": {s: rl.sha256(rl.read_problems(s)) for s in cfg.suites() if s not in rl.SUITES},
             "versions": {
                 "nanoocc": evaluation.VERSION,
                 "python": platform.python_version(),
@@ -690,6 +695,7 @@ def command_line(argv):
     if extra:
         raise ValueError(f"--{extra[0]}: with --resume a run keeps its own settings; only --steps may change")
     values, ckpt = evaluation.read_run(folder)
+    rl.check_unchanged(evaluation.read_metrics(folder)[0].get("data", {}))
     unknown = set(values) ^ {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise ValueError(f"{folder}: a run of another version: settings that differ: {', '.join(sorted(unknown))}")

@@ -3,6 +3,7 @@
 The real sets are tried too where NANOOCC_DATA names a folder that has them.
 """
 
+import http.client
 import json
 import os
 import time
@@ -116,9 +117,19 @@ def test_what_is_missing_is_fetched(tmp_path, published):
     assert os.listdir(tmp_path / "data") == ["gsm8k_train.jsonl"]
 
 
+def test_half_a_file_is_not_kept(tmp_path, published):
+    published.write_text('{"question": "q", "ans')
+    with pytest.raises(ValueError, match="not fetched .*:1: not JSON.*; put it there by hand"):
+        rl.suites_of("gsm8k", str(tmp_path / "data"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/gsm8k_train.jsonl: not there, and not fetched .*exists"):
+        rl.suites_of("gsm8k", str(tmp_path / "file"))
+    assert os.listdir(tmp_path / "data") == []
+
+
 def test_what_is_not_as_published_is_not_kept(tmp_path, published, capsys):
     write(published, *sums(4))
-    with pytest.raises(ValueError, match="is another text than expected; put it there by hand, from file:"):
+    with pytest.raises(ValueError, match="what is there is not as it was published.; put it there by hand, from file:"):
         rl.suites_of("gsm8k", str(tmp_path / "data"))
     assert os.listdir(tmp_path / "data") == []
     path = write(tmp_path / "data" / "gsm8k_train.jsonl", *sums(5))  # the user's own is taken, and said to be
@@ -126,13 +137,13 @@ def test_what_is_not_as_published_is_not_kept(tmp_path, published, capsys):
     assert capsys.readouterr().err == f"note: {path} is not gsm8k_train as it was published\n"
 
 
-@pytest.mark.parametrize("error", (urllib.error.URLError("no network"), TimeoutError("timed out")))
+@pytest.mark.parametrize("error", (urllib.error.URLError("no network"), TimeoutError(), http.client.BadStatusLine("?")))
 def test_without_a_network_it_is_said_what_to_put_where(tmp_path, monkeypatch, error):
     monkeypatch.setattr(rl.urllib.request, "urlopen", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError) as said:
         rl.suites_of("aime24", str(tmp_path / "data"), scoring=True)
     line = str(said.value)
-    assert line.startswith(f"{tmp_path}/data/aime24.jsonl: not there, and could not be fetched")
+    assert line.startswith(f"{tmp_path}/data/aime24.jsonl: not there, and not fetched (")
     assert line.endswith(f"put it there by hand, from {rl.GITHUB}{rl.PUBLISHED['aime24'].home}")
     assert os.listdir(tmp_path / "data") == []
 
@@ -189,6 +200,30 @@ def test_a_run_on_a_file_and_its_scores(small, tmp_path, capsys):
         small(task=trained, max_new_tokens=8)
 
 
+def test_a_file_that_has_changed_is_noticed(small, tmp_path):
+    path = write(tmp_path / "a.jsonl", *sums(60))
+    train.main(small(task=path, max_new_tokens=32))
+    write(tmp_path / "a.jsonl", *sums(60, start=60))
+    rl.read_problems.cache_clear()
+    other = write(tmp_path / "b.jsonl", *sums(60))
+    with pytest.raises(ValueError, match="a.jsonl: its problems have changed since the run was trained on it"):
+        evaluation.score(evaluation.parse(["score", small(task="add").out, "--suite", other]))
+    with pytest.raises(ValueError, match="a.jsonl: its problems have changed"):
+        train.command_line(["--resume", small(task="add").out])
+
+
+def test_a_file_may_have_the_name_of_another_that_was_pretrained_on(small, tmp_path):
+    (tmp_path / "b").mkdir()
+    a, b = (write(tmp_path / folder / "a.jsonl", *sums(40, start=start)) for folder, start in (("", 0), ("b", 40)))
+    cfg = small(task=a, pretrain_task=b, max_new_tokens=32)
+    train.main(cfg)
+    with pytest.raises(ValueError, match="40 of its 40 problems are in"):
+        evaluation.score(evaluation.parse(["score", cfg.out, "--suite", b]))
+    write(tmp_path / "score.jsonl", *sums(3))
+    with pytest.raises(ValueError, match="score is the name of a mean in logs and tables; rename the file"):
+        rl.suites_of(str(tmp_path / "score.jsonl"))
+
+
 def test_a_prompt_longer_than_in_training_is_read(small, tmp_path):
     cfg = small(task="add")
     train.main(cfg)
@@ -201,7 +236,8 @@ def test_a_prompt_longer_than_in_training_is_read(small, tmp_path):
 def test_pretraining_is_of_what_is_in_the_file(small, tmp_path):
     path = write(tmp_path / "a.jsonl", *sums(40))
     train.main(small("a", task=path, max_new_tokens=32))
-    write(tmp_path / "a.jsonl", *sums(40, start=1))
+    longer = [{**s, "answer": f"First, {s['answer']}"} for s in sums(40)]  # only the working differs
+    write(tmp_path / "a.jsonl", *longer)
     for cached in (rl.read_problems, rl.side, rl.token_lengths, rl.suites_of):
         cached.cache_clear()
     train.main(small("b", task=path, max_new_tokens=32))
@@ -231,7 +267,7 @@ HOSTILE = [
     "9**9**9**9", "(" * 10_000, "[" * 10_000 + "]" * 10_000, "(1" * 20 + ")" * 20, "1e999999999", "1E-999999999",
     "10^{999999999}", "9" * 1_000_000, "0." + "0" * 1_000_000 + "1", "9" * 499, "__import__('os').system('false')",
     "exec('x=1')", "1," * 249, "or1" * 160, "]{" * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50, "\\pm" * 160, "x\\pmod 5",
-    "\\pm," * 120, "\\text{" * 80, "\\cup" * 120, "1 1/1 " * 80, "a" * 499, "a b" * 160, "1" + " " * 497 + "/", "\\boxed{" * 70,
+    "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400, "\u00bd" * 400, "\u0663", "\\pm," * 120, "\\text{" * 80, "\\cup" * 120, "1 1/1 " * 80, "a" * 499, "a b" * 160, "1" + " " * 497 + "/", "\\boxed{" * 70,
     "and or " * 70, "^{" * 10 + "1" * 400, "\x02" * 499, "\x04" * 499, "\\\\&" * 160, "\\begin{pmatrix}" * 30, "\ud800",
 ]  # fmt: skip
 
@@ -242,7 +278,7 @@ def test_hostile_text_is_refused_in_time(text):
         began = time.perf_counter()
         assert not rl.answers_equal(gold, text)
         assert time.perf_counter() - began < 0.05
-    rl.answers_equal(text, text[:-1]), rl.is_symbolic(text), rl.parse_number(text), rl.extract_answer(text)
+    rl.answers_equal(text, text[:-1]), rl.is_symbolic(text), rl.extract_answer(text)
 
 
 def test_algebra_is_asked_only_where_it_is_needed_and_safe(monkeypatch):
@@ -254,10 +290,11 @@ def test_algebra_is_asked_only_where_it_is_needed_and_safe(monkeypatch):
 
     monkeypatch.setattr(rl, "has_algebra", lambda: True)
     monkeypatch.setitem(rl.sys.modules, "math_verify", MathVerify)
-    assert rl.answers_equal("$2n-2$", "2(n-1)") and asked == ["$2n-2$", "$2(n-1)$"]
+    assert rl.answers_equal("($2n-2$, 7)", "(2(n-1), 7)") and asked == ["$2n-2$", "$2(n-1)$"]  # the part that needs it
     asked.clear()
     for gold, candidate in (("7", "8"), ("(3,4]", "[3,4]"), ("$n$", "9**9**9"), ("$n$", "9^{9^9}"), ("$n$", "99999^2"),
-                            ("$n$", "9!!!"), ("$n$", "__import__('os')"), ("$n$", "n+" * 101)):  # fmt: skip
+                            ("$n$", "9!"), ("$n$", "9^{999}"), ("$n$", "__import__('os')"), ("$n$", "n+" * 101),
+                            ("(-n, n)", "-n, n"), ("(-n, n)", "\\{-n, n\\}"), ("n", "7=n")):  # fmt: skip
         assert not rl.answers_equal(gold, candidate)
     assert asked == []
     monkeypatch.setattr(MathVerify, "parse", lambda *_, **__: 1 / 0)
