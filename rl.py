@@ -829,7 +829,7 @@ def same(gold, candidate, algebra=False):
             candidate.mark in ("", gold.mark) or not gold.mark and candidate.mark != "cent"
         )
     if gold.kind == "text":
-        return gold.value == candidate.value or algebra and equal_by_algebra(gold.mark, candidate.mark)
+        return gold.value == candidate.value or algebra and equal_by_algebra(gold, candidate)
     if gold.kind == "words":
         return gold.value == candidate.value
     if len(gold.value) != len(candidate.value) or gold.mark != candidate.mark:
@@ -853,11 +853,12 @@ def _has(answer, test):
     return test(answer) or any(_has(part, test) for part in parts)
 
 
+_AS_WRITTEN = re.compile(r"- \\infty|\d+ _ \d+|\S+")  # one symbol, or a number in a base
+
+
 def is_symbolic(gold):
     """Whether only algebra can judge all ways to write this answer: it has variables, roots, functions."""
-    return not _fits(gold) or _has(
-        read_answer(gold), lambda x: x.kind == "text" and not re.fullmatch(r"(- )?\\infty|\d+ _ \d+", x.value)
-    )
+    return not _fits(gold) or _has(read_answer(gold), lambda x: x.kind == "text" and not _AS_WRITTEN.fullmatch(x.value))
 
 
 def answers_equal(gold, candidate):
@@ -888,15 +889,22 @@ def has_algebra():
 
 
 def equal_by_algebra(gold, candidate):
-    """What math-verify (an optional package) says of two formulas. It computes with what it reads, up to a second: text
+    """What math-verify (an optional package) says of two Answers that are formulas. It computes with what it reads, up to a second: text
     with code, long numbers, factorials, equations or powers of powers is not shown to it."""
-    tame = len(candidate) <= 200 and _TAME.fullmatch(candidate) and not re.search(r"\^\s*\{?[^}]{0,9}\d\d\d", candidate)
-    if not tame or len(re.findall(r"[\d)}]\s*\^", candidate)) > 1:
+    text = candidate.mark
+    letters = [{t for t in x.value.split() if len(t) == 1 and t.isalpha()} for x in (gold, candidate)]  # m is not M
+    tame = len(text) <= 200 and _TAME.fullmatch(text) and not re.search(r"\^\s*\{?[^}]{0,9}\d\d\d", text)
+    if (
+        not tame
+        or len(re.findall(r"[\d)}]\s*\^", text)) > 1
+        or _AS_WRITTEN.fullmatch(gold.value)
+        or letters[0] != letters[1]
+    ):
         return False
     import math_verify
 
     try:
-        read = [math_verify.parse(f"${x}$", parsing_timeout=1) for x in (gold, candidate)]
+        read = [math_verify.parse(f"${x}$", parsing_timeout=1) for x in (gold.mark, text)]
         return bool(math_verify.verify(*read, timeout_seconds=1))
     except Exception:  # whatever it meets in a text that it cannot read
         return False
