@@ -196,7 +196,7 @@ def score(args):
         raise ValueError(f"--speculative {args.speculative}: {args.run} has no heads to draft with")
     suites = rl.suites_of(args.suite or cfg.task, args.data_dir or cfg.data_dir, scoring=bool(args.suite))
     if args.suite:
-        trained = [s for task in {cfg.task, cfg.pretrain_task or cfg.task} for s in rl.suites_of(task, cfg.data_dir)]
+        trained = [s for task in (cfg.task, cfg.pretrain_task or cfg.task) for s in rl.suites_of(task, cfg.data_dir)]
         rl.check_unchanged(read_metrics(args.run)[0].get("data", {}))
         rl.check_apart(trained, suites)
     rows, spec = [], mtp.Speculator(heads, args.speculative) if args.speculative else None
@@ -1605,7 +1605,7 @@ def draw(out, steps=None):
         figure.savefig(out / f"{name}.png", dpi=90)
         plt.close(figure)
         function(part, runs, extra)
-        part.suptitle(f"Figure {name.replace('-', ': ')}")
+        part.suptitle(f"Figure {name.replace('-', ': ', 1)}")
     sheet.savefig(out / "figures.png", dpi=60)
     plt.close("all")
     write_tables(out, runs, extra)

@@ -31,8 +31,11 @@ from torch.autograd.function import once_differentiable
 
 from model import COMPACT, Block, KVCache, Samples, choose, read_prompts
 
-CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32
-AUTO_LOGITS = 2**23  # "auto" is naive up to here: 32 MiB, above which glibc maps and faults in every temporary afresh
+CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32 (64 columns at least)
+# "auto" is naive up to so many logits: 32 MiB, above which glibc maps and faults in every temporary afresh. Chunked over
+# naive on two CPU cores (eval.py bench --logp): 0.99 at (N, C, V) = (65536, 128, 64), which is half of that, 0.85 at
+# (16384, 128, 576), just above, 0.67 at (16384, 128, 1024), 0.43 at (8192, 256, 50304).
+AUTO_LOGITS = 2**23
 DZ_BYTES = 2**25  # of dz held at a time by impl="triton" (not measured: no GPU was at hand)
 
 
