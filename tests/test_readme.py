@@ -23,7 +23,11 @@ def commands():
     return [shlex.split(part) for part in parts if part.startswith(("python", "pip", "torchrun"))]
 
 
-def test_every_command_parses(small, monkeypatch):
+def test_every_command_parses(small, monkeypatch, tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')  # for what would be fetched
+    monkeypatch.setattr(rl, "data_file", lambda name, data_dir: str(tmp_path / "some.jsonl"))
+    monkeypatch.setattr(rl, "get_tokenizer", lambda name, get=rl.get_tokenizer: get("bytes"))
+    rl.suites_of.cache_clear()
     cfg = small()
     train.main(cfg)
     monkeypatch.setattr(evaluation, "read_run", lambda folder, read=evaluation.read_run: read(cfg.out))
@@ -40,6 +44,7 @@ def test_every_command_parses(small, monkeypatch):
             assert command == ["python", "-m", "pytest", "-q", "tests"]
         seen.add(command[1])
     assert seen == {"install", "train.py", "--nproc_per_node=2", "eval.py", "-m"}
+    rl.suites_of.cache_clear()
 
 
 def test_every_logged_key_is_in_the_table_and_the_other_way_round(small):
