@@ -101,6 +101,7 @@ def read_metrics(folder):
 def read_run(folder):
     """(config as a dict, checkpoint or None) of a run. ValueError when something there is not what it should be."""
     header, records = read_metrics(folder)
+    rl.check_unchanged(header.get("data", {}))
     path = Path(folder) / "ckpt.pt"
     if not path.exists():
         if records and records[-1]["step"] > 0:
@@ -197,7 +198,6 @@ def score(args):
     suites = rl.suites_of(args.suite or cfg.task, args.data_dir or cfg.data_dir, scoring=bool(args.suite))
     if args.suite:
         trained = [s for task in (cfg.task, cfg.pretrain_task or cfg.task) for s in rl.suites_of(task, cfg.data_dir)]
-        rl.check_unchanged(read_metrics(args.run)[0].get("data", {}))
         rl.check_apart(trained, suites)
     rows, spec = [], mtp.Speculator(heads, args.speculative) if args.speculative else None
     longest, new = rl.longest(suites, cfg.difficulty, tok)[0], args.max_new_tokens or cfg.max_new_tokens
