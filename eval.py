@@ -89,7 +89,7 @@ def read_metrics(folder):
     try:
         version, _ = records[0]["versions"]["nanoocc"], records[0]["config"]["regime"]
     except (IndexError, KeyError, TypeError):
-        raise ValueError(f"{path}:1: not the header of a run (config, seed, commit, versions, device)") from None
+        raise ValueError(f"{path}:1: not the header of a run (config, seed, commit, data, versions, device)") from None
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
     for i, record in enumerate(records[1:], 2):

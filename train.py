@@ -11,7 +11,8 @@ The loop is the paper's algorithm (arXiv 2605.28184 §4), with θ the trunk, φ 
     sample with π_old;  A = advantage(rewards);  for each minibatch:  δ = log π - log π_old of the trunk and the heads
     λ_t = λ₊ <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε);    θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);    φ -= η ∇ loss_mtp    (η: Adam's)
 
-A run is a folder: metrics.jsonl (first line: config, seed, commit, versions, device), ckpt.pt, samples.txt, curves.png.
+A run is a folder: metrics.jsonl (first line: config, seed, commit, data, versions, device), ckpt.pt, samples.txt,
+curves.png. "data" has a SHA-256 of each data set, for a set that changes must be noticed.
 Every random number is derived from (seed, purpose, step), so a resumed run needs no generator states.
 
 Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · K MTP depth

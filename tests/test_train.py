@@ -55,7 +55,8 @@ def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
     assert line.startswith("score ") and line.endswith(f"the run is in {cfg.out}")
     assert {p.name for p in Path(cfg.out).iterdir()} == {"metrics.jsonl", "ckpt.pt", "samples.txt", "curves.png"}
     header = json.loads((Path(cfg.out) / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(header) == {"config", "seed", "commit", "versions", "device"} and header["config"]["regime"] == regime
+    assert set(header) == {"config", "seed", "commit", "data", "versions", "device"}
+    assert header["config"]["regime"] == regime
     records = metrics(cfg, clock=True)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
     keys = (
