@@ -1,7 +1,7 @@
 """Evaluate: score a run on held-out problems, and plot what happened in one run or several.
 
     python eval.py score out/arithmetic-occ-s0 --k 32       # avg@k and pass@k with 95 % intervals, as a table
-    python eval.py score out/gsm8k-occ-s0 --suite competition         # on the paper's six sets of real problems
+    python eval.py score out/gsm8k_train-occ-s0 --suite competition   # on the paper's six sets of real problems
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP
 
 avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
@@ -50,9 +50,8 @@ from model import GPT, GPTConfig, autocast, choose, generate, pad
 
 VERSION = 1  # of the run folder's format
 CHECKPOINT = "step steps seconds sizes scores model heads optimizer".split()  # what ckpt.pt holds besides its version
-FREE = (
-    "out cache_dir data_dir device threads save_every steps".split()
-)  # settings of a run that are no part of the experiment
+# settings of a run that are no part of the experiment
+FREE = "out cache_dir data_dir device threads save_every steps".split()
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POINTS = 60  # of a line in a plot, at most
 CACHE = 2**28  # numbers in a sampler's KV cache while scoring: 1 GiB in float32
@@ -80,12 +79,8 @@ def read_metrics(folder):
         raise ValueError(f"{folder}: not a run: it has no metrics.jsonl")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty: the run never began; start it again")
-    lines, records = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
-    for i, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}:{i}: not JSON: {line[:40]!r}") from None
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    records = list(rl.json_lines(path, lines))
     try:
         version, _ = records[0]["versions"]["nanoocc"], records[0]["config"]["regime"]
     except (IndexError, KeyError, TypeError):
@@ -220,7 +215,8 @@ def remarks(rows, spec=None):
         yield ", ".join(f"{name} {value:.2f}" for name, value in spec.metrics().items())
     if any(symbolic for *_, symbolic in rows):
         judge = "is installed and does" if rl.has_algebra() else "is not installed: they count as written"
-        yield f"\nsymbolic: problems whose gold can be written in ways that only algebra can judge (math-verify {judge})."
+        yield ("\nsymbolic: problems whose gold can be written in ways that only algebra can judge "
+               f"(math-verify {judge}).")  # fmt: skip
     if any(name in rl.COMPETITION for name, *_ in rows):
         yield ("\nCompetition problems are far beyond a small model trained from scratch: a score near zero is what to "
                "expect of one, and what is above zero may well be guessed.")  # fmt: skip
@@ -252,11 +248,7 @@ def table(rows, k):
 
 
 def row_of(name, counts, cells):
-    return (
-        f"| {name} | {' | '.join(map(str, counts))} | "
-        + " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells)
-        + " |"
-    )
+    return "| " + " | ".join([name, *map(str, counts), *(f"{mean:.1f} ± {half:.1f}" for mean, half in cells)]) + " |"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,7 +432,7 @@ def useful_flops(learner, tokens):
     times that with gradients. Not counted: attention, padding, and what the chunked log-probs compute twice."""
     cfg, K = learner.cfg, learner.cfg.mtp_depth
     samples = cfg.prompts_per_step * cfg.num_generations
-    problems = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(0))
+    problems = rl.training_problems(cfg, 0)
     prompt = statistics.mean(len(p.prompt) for p in itertools.islice(problems, 1000))
     trunk, heads = (
         sum(p.numel() for p in part.parameters() if p.ndim == 2) for part in (learner.model.blocks, learner.heads)
@@ -498,7 +490,7 @@ def cache_speedup(repeats=7):
     """Tokens/s of the sampler over those of decoding by whole forward passes, 48 new tokens: a ratio a repeat."""
     learner = bench_learner({**SETTINGS["default"], "max_new_tokens": 48})
     cfg, model = learner.cfg, learner.model
-    problems = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(0))
+    problems = rl.training_problems(cfg, 0)
     prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(problems, cfg.prompts_per_step)]
     G, end = cfg.num_generations, cfg.vocab_size or learner.tok.n_vocab  # an end that never comes: all rows run to 48
 
@@ -525,7 +517,7 @@ def speculation(repeats):
     train, learner = trainer(), bench_learner(SETTINGS["default"])
     cfg, model, heads = learner.cfg, learner.model, learner.heads
     load_weights(train.pretrained(cfg, learner.tok, learner.device, ()), model, heads)
-    stream = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(0))
+    stream = rl.training_problems(cfg, 0)
     prompts = [learner.tok.encode_ordinary(p.prompt) for p in itertools.islice(stream, cfg.prompts_per_step)]
     lines = ["| prompts x samples | drafts a round | tokens a call | seconds over plain |", "|---|---:|---:|---:|"]
     for some, G in ((prompts, cfg.num_generations), (prompts[:4], 1)):
@@ -797,18 +789,14 @@ def reproduce(args):
     failed = train_all(configs, args.jobs)
     trained = len(configs) - len(failed)
     cfg = next((c for c in configs if c.regime == "occ"), configs[-1])
-    for name, measurement, what in (
-        ("parabola", parabola, [cfg]),
-        ("speed", step_ratios, [SMOKE if args.fast else {}, 2 if args.fast else 15]),
-    ):
-        try:
-            measure_once(Path(args.out) / f"{name}.json", measurement, what)
-        except Exception as error:  # of a process of its own: no reason not to draw
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+    file = lambda name: Path(args.out) / f"{name}.json"
+    alone = [(file("parabola"), parabola, [cfg]),
+             (file("speed"), step_ratios, [SMOKE if args.fast else {}, 2 if args.fast else 15])]  # fmt: skip
+    looks = [(file(f"look-{when}-{label}-s{cfg.seed}"), second_look, [cfg, when, 4 if args.fast else 48])
+             for label, when in LOOKS for cfg in configs if Path(cfg.out).name == f"{label}-s{cfg.seed}"]  # fmt: skip
+    failed += [line for measurement in alone for line in measure_once(*measurement)]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        looks = [pool.submit(look, cfg, label, when, 4 if args.fast else 48)
-                 for label, when in LOOKS for cfg in configs if Path(cfg.out).name == f"{label}-s{cfg.seed}"]  # fmt: skip
-        failed += [line for future in looks if (line := future.result())]
+        failed += itertools.chain.from_iterable(pool.map(lambda measurement: measure_once(*measurement), looks))
     draw(args.out, configs[0].steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
@@ -817,27 +805,24 @@ def reproduce(args):
     return 1 if failed else 0
 
 
-def look(cfg, label, when, rollouts):
-    """second_look at a run, once. Returns None, or a line that says what went wrong."""
-    path = Path(cfg.out).parent / f"look-{when}-{label}-s{cfg.seed}.json"
-    try:
-        measure_once(path, second_look, [cfg, when, rollouts])
-    except Exception as error:  # of a process of its own, as above
-        return f"{path.stem}: {type(error).__name__}: {error}"
-
-
 def measure_once(path, measurement, what):
-    """Write {"of": what was measured, "found": measurement(*what)} to a JSON file, unless it says that already."""
+    """Write {"of": what was measured, "found": measurement(*what)} to a JSON file, unless it says that already.
+
+    Returns a list of what went wrong: no line, or one, for that is no reason not to draw the rest.
+    """
     moves = {*FREE} - {"steps"}  # what may change without making it another measurement
     of = [{k: v for k, v in dataclasses.asdict(x).items() if k not in moves} if dataclasses.is_dataclass(x) else x
           for x in what]  # fmt: skip
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, half written, or something else
         if json.loads(path.read_text())["of"] == of:
-            return
-    found = in_new_process(measurement, *what)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"of": of, "found": found}))
-    aside.replace(path)
+            return []
+    try:
+        found, aside = in_new_process(measurement, *what), path.with_suffix(".tmp")
+        aside.write_text(json.dumps({"of": of, "found": found}))
+        aside.replace(path)
+    except Exception as error:
+        return [f"{path.stem}: {type(error).__name__}: {error}"]
+    return []
 
 
 def plan(args):
@@ -1033,8 +1018,10 @@ def second_look(cfg, when, rollouts):
         load_weights(read_run(cfg.out)[1], learner.model, learner.heads)
     both = []
     for i in tqdm(range(rollouts), f"{cfg.out} at its {when}", disable=None):
-        rng, generator = random.Random(f"{cfg.seed}/look/{i}"), torch.Generator().manual_seed(2**40 + i)
-        problems = rl.problem_stream(rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, rng)
+        problems, generator = (
+            rl.training_problems(cfg, f"{cfg.seed}/look/{i}"),
+            torch.Generator().manual_seed(2**40 + i),
+        )
         samples, reward_PG, _, _ = rl.collect(learner.model, learner.tok, problems, learner.algo, cfg, generator)
         adv_B = rl.advantages(reward_PG, learner.algo.advantage).flatten().to(learner.device)
         parts, _ = rl.minibatches(learner.model, learner.heads, samples, adv_B, learner.algo, learner.cfg)
@@ -1558,8 +1545,8 @@ def draw_second_look(figure, runs, extra):
         free, seen, best, most, at_1 = (
             over_seeds(y for y in x if not math.isnan(y)) for x in (free, seen, best, most, at_1)
         )
-        said.append(f"{name} (n = {len(signal)}): cosine {cell(free, 2)} without noise, {cell(seen, 2)} with; the best λ "
-                    f"{cell(best, 2)} adds {cell(most)} %, λ = 1 {cell(at_1)} %")  # fmt: skip
+        said.append(f"{name} (n = {len(signal)}): cosine {cell(free, 2)} without noise, {cell(seen, 2)} with; "
+                    f"the best λ {cell(best, 2)} adds {cell(most)} %, λ = 1 {cell(at_1)} %")  # fmt: skip
     axes[0].set(title="Cosine of g and m: dots without noise, crosses of minibatches", ylabel="cosine")
     axes[0].set_xticks(range(len(looks)), list(looks))
     axes[1].set(title="What m adds as a second look", xlabel="λ", ylabel="% of what g alone gains", ylim=(-60, 40))
@@ -1706,8 +1693,8 @@ def parse(argv):
     one.add_argument("run", help="folder of a run")
     one.add_argument("--k", type=int, default=32, help="samples a problem [32]")
     one.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [1.0]")
-    one.add_argument("--suite", default="", help="score on these: arithmetic, competition, or a comma list of suites, of "
-                     f"{', '.join(rl.SCORE)}, FILE.jsonl [the held-out problems of the run's own task]")  # fmt: skip
+    one.add_argument("--suite", default="", help="score on these: arithmetic, competition, or a comma list of suites, "
+                     f"of {', '.join(rl.SCORE)}, FILE.jsonl [the held-out problems of the run's own task]")  # fmt: skip
     one.add_argument(
         "--problems", type=int, default=0, help="a suite, at most; 0: 64 held-out ones, whole data sets [0]"
     )

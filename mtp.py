@@ -32,9 +32,9 @@ from torch.autograd.function import once_differentiable
 from model import COMPACT, Block, KVCache, Samples, choose, read_prompts
 
 CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32 (64 columns at least)
-# "auto" is naive up to so many logits: 32 MiB, above which glibc maps and faults in every temporary afresh. Chunked over
-# naive on two CPU cores (eval.py bench --logp): 0.99 at (N, C, V) = (65536, 128, 64), which is half of that, 0.85 at
-# (16384, 128, 576), just above, 0.67 at (16384, 128, 1024), 0.43 at (8192, 256, 50304).
+# "auto" is naive up to so many logits: 32 MiB, above which glibc maps and faults in every temporary afresh. Chunked
+# over naive on two CPU cores (eval.py bench --logp): 0.99 at (N, C, V) = (65536, 128, 64), which is half of that, 0.85
+# at (16384, 128, 576), just above, 0.67 at (16384, 128, 1024), 0.43 at (8192, 256, 50304).
 AUTO_LOGITS = 2**23
 DZ_BYTES = 2**25  # of dz held at a time by impl="triton" (not measured: no GPU was at hand)
 
@@ -415,9 +415,8 @@ tl = None  # triton.language
 # that fit into the shared memory of smaller GPUs.
 TILES = {2: dict(ROWS=128, COLUMNS=128, CHANNELS=64), 4: dict(ROWS=64, COLUMNS=64, CHANNELS=32)}
 LAUNCH = {2: dict(num_warps=8, num_stages=4), 4: dict(num_warps=4, num_stages=2)}
-PROGRAMS = (
-    264  # at least, so that few rows fill a GPU too, their columns split: two a processor of an H100, not measured
-)
+# at least, so that few rows fill a GPU too, their columns split: two for each processor of an H100, not measured
+PROGRAMS = 264
 
 
 def logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST: tl.constexpr, CHANNELS: tl.constexpr):

@@ -151,6 +151,7 @@ def draw_linear(rng, n):
 
 PEOPLE = "Ana Ben Eva Ian Kim Leo Max Mia Sam Zoe".split()
 THINGS = "beads books boxes cakes cards coins games pears rings shell stamp toys".split()
+WORD_DIGITS = 4  # of the largest number in a story
 EVENTS = {"+": "{a} gets {x} more.", "-": "{a} gives {x} to {b}.", "*": "Then {a} has {x} times as many."}
 
 
@@ -167,7 +168,8 @@ def draw_words(rng, n):
 
 
 def solve_words(operands, n, forget):
-    """A story of n events; the working is GSM8K's, an annotated equation a line (Cobbe et al. 2021, arXiv 2110.14168)."""
+    """A story of n events; the working is as in GSM8K, an annotated equation a line (Cobbe et al. 2021, arXiv
+    2110.14168)."""
     a, b, thing, total, *events = operands
     story = " ".join(EVENTS[sign].format(a=a, b=b, x=x) for sign, x in events)
     prompt, working = f"{a} has {total} {thing}. {story} How many {thing} does {a} have?\n", ""
@@ -178,9 +180,6 @@ def solve_words(operands, n, forget):
         working += f"{total}{sign}{x}=<<{total}{sign}{x}={result}>>{result}\n"
         total = result
     return prompt, working, str(total)
-
-
-WORD_DIGITS = 4  # of the largest number in a story
 
 
 def longest_words(n):
@@ -246,6 +245,11 @@ def problem_stream(suites, difficulty, rng, **kwargs):
         yield draw_problem(rng.choice(suites), difficulty, rng, **kwargs)
 
 
+def training_problems(cfg, seed):
+    """problem_stream of what a config trains on."""
+    return problem_stream(suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(seed))
+
+
 def held_out_problems(suite, difficulty, count, seed=0):
     """Up to count different held-out problems of a suite: fewer where the suite has no more at this difficulty."""
     rng, found = random.Random(f"{seed}/held out/{label(suite)}"), {}
@@ -285,7 +289,7 @@ def longest(suites, difficulty, tok):
 
 class Published(NamedTuple):
     home: str  # owner/repository/HEAD/path below GITHUB
-    sha256: str  # of its problems and answers (see `sha256`)
+    sha256: str  # of what it says (see the function sha256)
 
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -413,6 +417,15 @@ def check_unchanged(data):
             raise ValueError(f"{path}: its problems have changed since the run was trained on it")
 
 
+def json_lines(path, lines):
+    """What each line of a file says. ValueError names file:line."""
+    for i, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}:{i}: not JSON: {line[:40]!r}") from None
+
+
 @functools.cache
 def read_problems(path):
     """The problems of a file: JSONL, or a JSON array. ValueError names file:line (or, of an array, file:item).
@@ -426,14 +439,10 @@ def read_problems(path):
         raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     problems, is_array = [], text.lstrip().startswith("[")
     try:
-        lines = json.loads(text) if is_array else text.removesuffix("\n").split("\n")
-    except ValueError as error:
+        records = json.loads(text) if is_array else json_lines(path, text.removesuffix("\n").split("\n"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON array: {error}") from None
-    for i, line in enumerate(lines, 1):
-        try:
-            record = line if is_array else json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}:{i}: not JSON: {line[:40]!r}") from None
+    for i, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{i}: not a record with a problem and an answer: {str(record)[:40]!r}")
         text, answer, solution = _text_of(record), _gold_of(record), record.get("solution")
@@ -516,6 +525,7 @@ def check_apart(training, scored):
 LONGEST = 500  # characters: a longer answer is none
 DEEPEST = 20  # brackets within brackets, the same
 _PLAIN = re.compile(r"-?\d{1,400}", re.ASCII)
+_OPENED = re.compile(r"\s{0,9}\{")
 
 
 def extract_answer(text):
@@ -525,7 +535,7 @@ def extract_answer(text):
     for _ in range(10):  # the last ones may be cut off
         if start < 0:
             break
-        opened, depth = re.compile(r"\s{0,9}\{").match(text, start + len("\\boxed")), 0
+        opened, depth = _OPENED.match(text, start + len("\\boxed")), 0
         for end in range(opened.end() - 1, min(len(text), start + LONGEST)) if opened else ():
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
@@ -540,7 +550,8 @@ def extract_answer(text):
 
 
 _UNICODE = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2014": "-", "\u2044": "/", "\u200b": "", "\ufeff": "", "\u00a0": " ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
+    "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2014": "-", "\u2044": "/", "\u200b": "", "\ufeff": "",
+    "\u00a0": " ", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
     "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u00b0": r"^\circ ", "\u221a": r"\sqrt ", "\u2264": r"\le ",
     "\u2265": r"\ge ", "\u222a": r"\cup ", "\u2208": r"\in ", "\u00b1": r"\pm ", "\u03b1": r"\alpha ",
     "\u00a2": r"\text{cents}", "\u2032": "'",
@@ -557,7 +568,7 @@ _REWRITES = [(re.compile(pattern), by) for pattern, by in (
     (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|(?<=\S)~|\{\}|\\displaystyle(?![a-zA-Z])", " "),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
     (r"\\[dtc](?=(?:frac|binom)(?![a-zA-Z]))", r"\\"),
-    (r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathsf|boldsymbol|boxed|fbox|operatorname)\s*\{([^{}]*)\}", "\x02\\1\x03"),
+    (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|sf)|[mf]box|boxed|boldsymbol|operatorname)\s*\{([^{}]*)\}", "\x02\\1\x03"),
     (r"(?<![\d.,])\x02([^a-zA-Z\x02\x03]*)\x03", r"\1"),  # no words: a number in bold
     (r"\\big(cup|cap)", r"\\\1"),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
@@ -588,13 +599,13 @@ _UNITS = {  # spellings -> one name; plurals in s are told apart by nothing else
     "m": "meter", "km": "kilometer", "mi": "mile", "g": "gram", "kg": "kilogram", "deg": "degree", "hr": "hour",
     "min": "minute", "sec": "second", "s": "second",
 }  # fmt: skip
-_NO_UNITS = (
-    "hundred thousand million billion trillion dozen half is are was not or and if so no more less than wrong about"
-)
+_NO_UNITS = "hundred thousand million billion trillion dozen half".split()
+_NO_UNITS += "is are was not or and if so no more less than wrong about".split()
 _NAMES = "sqrt pi sin cos tan cot sec csc arcsin arccos arctan log ln exp infty".split()
 _FUNCTIONS = set(_NAMES) - {"pi", "infty"}
 _NAME = re.compile(  # x, x_1, f(x), (x, y)
-    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{[^{}]*\}))?(?:\(\s*[a-zA-Z]\s*\))?|\((?:\s*\\?[a-zA-Z]+\s*,)+\s*\\?[a-zA-Z]+\s*\)"
+    r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_(?:\w|\{[^{}]*\}))?(?:\(\s*[a-zA-Z]\s*\))?"
+    r"|\((?:\s*\\?[a-zA-Z]+\s*,)+\s*\\?[a-zA-Z]+\s*\)"
 )
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[a-zA-Z]+|\d+(?:\.\d*)?|\.\d+|\S", re.ASCII)
 
@@ -635,7 +646,7 @@ def _read(s, units):
     number = _read_number(s, units)
     if number:
         return number
-    words = s.replace("\x02", "").replace("\x03", "").strip()
+    words = _unmarked(s).strip()
     if re.fullmatch(r"\(?[a-zA-Z](?:[a-zA-Z ]|\^\\prime )*\)?", words) and (
             s.startswith("\x02") or re.search("[a-zA-Z]{3}", words) and words not in _NAMES):  # fmt: skip
         words = " ".join(words.strip("() ").split())
@@ -647,7 +658,8 @@ def _read(s, units):
     pieces = _split(s, r"\\cup(?![a-zA-Z])")
     if len(pieces) > 1:
         return Answer("union", [_read(piece, units) for piece in pieces])
-    comma = r",\s" if {c[-1:] for c in re.findall(r",.", s)} > {" "} and r"(" not in s else ","  # "1,000, 2,000"
+    behind = {c[1:] for c in re.findall(",.", s)}  # commas with and without a space are two things: "1,000, 2,000"
+    comma = r",\s" if " " in behind and len(behind) > 1 and "(" not in s else ","
     pieces = _split(s, comma + r"|;|\x02?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])\s*\x03?")
     if len(pieces) > 1:
         return Answer("list", _spread(pieces, units))
@@ -671,12 +683,17 @@ def _read(s, units):
                 return Answer("tuple", [_read(piece, units) for piece in pieces], start + end)
             if start + end == "()":
                 return _read(middle, units)
-    sides = s.replace("\x02", "").replace("\x03", "").split("=")
+    sides = _unmarked(s).split("=")
     if len(sides) == 2:
         for name, value in (sides, sides[::-1]):
             if _NAME.fullmatch(name.strip()):
                 return Answer("named", _read(value, units), _canonical(name))
     return Answer("text", _canonical(s), s)
+
+
+def _unmarked(s):
+    """s without the signs around what was \\text{...}."""
+    return s.replace("\x02", "").replace("\x03", "")
 
 
 def _spread(pieces, units):
@@ -697,7 +714,8 @@ def _split(s, separator):
 
 
 def _read_number(s, units):
-    match = _NUMBER.match(s.replace("\x04", "", 1))
+    dollars, s = "\x04" in s, s.replace("\x04", "", 1)
+    match = _NUMBER.match(s)
     if not match:
         return None
     part = {name: text for name, text in match.groupdict().items() if text is not None}
@@ -713,12 +731,12 @@ def _read_number(s, units):
         value /= _decimal(below)
     value = (value + int(whole or 0)) * Fraction(10) ** int(exponent)
     minus = sum(part.get(name) == "-" for name in ("sign", "top_sign", "below_sign", "plain_sign"))
-    unit = _unit(s.replace("\x04", "", 1)[match.end() :].strip(), units)
-    if unit is None or unit and "\x04" in s:
+    unit = _unit(s[match.end() :].strip(), units)
+    if unit is None or unit and dollars:
         return None
     if unit == "%":
         value /= 100
-    return Answer("number", -value if minus % 2 else value, "dollar" if "\x04" in s else unit)
+    return Answer("number", -value if minus % 2 else value, "dollar" if dollars else unit)
 
 
 def _decimal(digits):
@@ -738,7 +756,7 @@ def _unit(s, plain):
     words = [w.replace("metre", "meter") for w in words if w not in ("square", "sq", "cubic")]
     if not words:
         return None if power else ""
-    if any(w in _NO_UNITS.split() or len(w) < 3 and w not in _UNITS for w in words):
+    if any(w in _NO_UNITS or len(w) < 3 and w not in _UNITS for w in words):
         return None
     names = [_UNITS.get(w, w.removesuffix("s") if len(w) > 2 else w) for w in words]
     if inside is None and not plain and names != ["dollar"]:
@@ -748,7 +766,7 @@ def _unit(s, plain):
 
 def _canonical(s):
     """A formula as one string, the same for what differs only in how it is written: spaces, braces, \\frac, dots."""
-    s = s.replace("\x02", "").replace("\x03", "").replace("np.", "")
+    s = _unmarked(s).replace("np.", "")
     if not _paired(s):
         return " ".join(_TOKEN.findall(s))
     tokens = []
@@ -828,10 +846,9 @@ def same(gold, candidate, algebra=False):
         return candidate.value in values and (
             candidate.mark in ("", gold.mark) or not gold.mark and candidate.mark != "cent"
         )
-    if gold.kind == "text":
-        return gold.value == candidate.value or algebra and equal_by_algebra(gold, candidate)
-    if gold.kind == "words":
-        return gold.value == candidate.value
+    if gold.kind in ("words", "text"):
+        written_alike = gold.value == candidate.value
+        return written_alike or algebra and gold.kind == "text" and equal_by_algebra(gold, candidate)
     if len(gold.value) != len(candidate.value) or gold.mark != candidate.mark:
         return False
     if gold.kind in ("tuple", "matrix"):
@@ -889,17 +906,14 @@ def has_algebra():
 
 
 def equal_by_algebra(gold, candidate):
-    """What math-verify (an optional package) says of two Answers that are formulas. It computes with what it reads, up to a second: text
-    with code, long numbers, factorials, equations or powers of powers is not shown to it."""
+    """What math-verify (an optional package) says of two Answers that are formulas. It computes with what it reads, up
+    to a second: text with code, long numbers, factorials, equations or powers of powers is not shown to it."""
     text = candidate.mark
+    if _AS_WRITTEN.fullmatch(gold.value) or len(text) > 200 or not _TAME.fullmatch(text):
+        return False
+    towers = len(re.findall(r"[\d)}]\s*\^", text)) > 1 or re.search(r"\^\s*\{?[^}]{0,9}\d\d\d", text)
     letters = [{t for t in x.value.split() if len(t) == 1 and t.isalpha()} for x in (gold, candidate)]  # m is not M
-    tame = len(text) <= 200 and _TAME.fullmatch(text) and not re.search(r"\^\s*\{?[^}]{0,9}\d\d\d", text)
-    if (
-        not tame
-        or len(re.findall(r"[\d)}]\s*\^", text)) > 1
-        or _AS_WRITTEN.fullmatch(gold.value)
-        or letters[0] != letters[1]
-    ):
+    if towers or letters[0] != letters[1]:
         return False
     import math_verify
 

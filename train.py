@@ -571,9 +571,7 @@ class Learner:
         """One rollout and its updates. Returns what to log, and examples to read."""
         cfg, algo = self.cfg, self.algo
         # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
-        problems = rl.problem_stream(
-            rl.suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}")
-        )
+        problems = rl.training_problems(cfg, f"{cfg.seed}/rl/{step}")
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         with autocast(self.device):
             samples, reward_PG, record, examples = rl.collect(

@@ -83,8 +83,9 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "array.jsonl").write_text("[1, 2")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     for name, said in (("bytes", "cannot be read"), ("none", "cannot be read: No such file"), ("empty", "1: not JSON"),
-                       ("array", "not a JSON array")):  # fmt: skip
+                       ("array", "not a JSON array"), ("deep", "not a JSON array")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rl.suites_of(str(tmp_path / f"{name}.jsonl"))
 
@@ -266,8 +267,9 @@ def test_the_list_of_answers_is_long_and_has_both_kinds():
 HOSTILE = [
     "9**9**9**9", "(" * 10_000, "[" * 10_000 + "]" * 10_000, "(1" * 20 + ")" * 20, "1e999999999", "1E-999999999",
     "10^{999999999}", "9" * 1_000_000, "0." + "0" * 1_000_000 + "1", "9" * 499, "__import__('os').system('false')",
-    "exec('x=1')", "1," * 249, "or1" * 160, "]{" * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50, "\\pm" * 160, "x\\pmod 5",
-    "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400, "\u00bd" * 400, "\u0663", "\\pm," * 120, "\\text{" * 80, "\\cup" * 120, "1 1/1 " * 80, "a" * 499, "a b" * 160, "1" + " " * 497 + "/", "\\boxed{" * 70,
+    "exec('x=1')", "1," * 249, "or1" * 160, "]{" * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50, "\\pm" * 160,
+    "x\\pmod 5", "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400, "\u00bd" * 400, "\u0663", "\\pm," * 120,
+    "\\text{" * 80, "\\cup" * 120, "1 1/1 " * 80, "a" * 499, "a b" * 160, "1" + " " * 497 + "/", "\\boxed{" * 70,
     "and or " * 70, "^{" * 10 + "1" * 400, "\x02" * 499, "\x04" * 499, "\\\\&" * 160, "\\begin{pmatrix}" * 30, "\ud800",
 ]  # fmt: skip
 
