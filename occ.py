@@ -1,7 +1,7 @@
 """Optimal Coefficient Calibration: how much of the MTP gradient enters the trunk (Wang et al. 2026, arXiv 2605.28184).
 
-θ: the trunk. g = ∇θ J the policy gradient, m = ∇θ J_MTP the gradient of the heads' objective. A step of ascent moves
-θ by η (g + λ m); if J is L-smooth, MTP adds to the guaranteed gain (the paper's decomposition)
+θ are the parameters of the trunk. g is the gradient of the policy loss at θ, m that of the loss of the MTP heads. A step
+against g + λ m changes the objective J, if J is L-smooth, by at least what RL alone guarantees, plus
 
     Δ_MTP(λ) = η λ (1 - Lη) c - (L η² λ² / 2) v²        c = <g, m>   first-order correlation
                                                         v² = ‖m‖²   second-order penalty
@@ -11,34 +11,45 @@ OCC follows c/v² without computing g or m. With δ = log π_θ - log π_old on 
 
     λ_t = λ₊ · <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)           the least-squares coefficient of δ_RL on δ_MTP
 
-One mechanism serves every regime: the heads always learn from their own objective with weight 1, and `scale_grad` at
-the three doors of the trunk (hidden states, embedding rows, unembedding) multiplies what goes on into the trunk by λ.
+One mechanism serves every regime. The heads read the trunk through three doors: hidden states, embedding rows and the
+unembedding matrix. At each door `scale_grad` multiplies the gradient that goes on into the trunk by λ.
 
-Dimension key: N tokens or numbers, any shape, flattened
+Dimension key: B sequences · K MTP depth · T positions · N tokens or numbers, flattened
 
-Differs: one ratio of sums over all real response tokens of the minibatch, as in the paper; its released code averages
-per-token ratios, padding included (average="ratios": without the padding). λ scales gradients at the doors; there it
-scales advantages inside the clip, where a negative one changes the side that is clipped.
+Differs: λ scales the gradient at the doors. In the authors' code it scales the advantages of the heads inside the clip,
+and is a mean of per-token ratios; `released_coefficient` has that, for train.py --released.
 """
 
 from typing import NamedTuple
 
 import torch
 
+from model import total
+
 
 class Regime(NamedTuple):
-    objective: str | None  # of the heads: "ce" the log-prob of sampled tokens, "policy" the clipped policy objective
-    rule: str  # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs or hidden states · "exact" from g and m
+    heads: (
+        str | None
+    )  # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: no heads
+    trunk: str | None  # the loss whose gradient is m, the one that enters the trunk times λ
+    rule: str  # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs · "exact" from g and m
 
 
 REGIMES = {
-    "off": Regime(None, "cut"),  # no heads at all
-    "detach": Regime("ce", "cut"),
-    "ce": Regime("ce", "fixed"),
-    "policy": Regime("policy", "fixed"),
-    "occ": Regime("policy", "proxy"),
-    "exact": Regime("policy", "exact"),
+    "off": Regime(None, None, "cut"),
+    "detach": Regime("ce", "ce", "cut"),
+    "ce": Regime("ce", "ce", "fixed"),
+    "policy": Regime("policy", "policy", "fixed"),
+    "occ": Regime("policy", "policy", "proxy"),
+    "exact": Regime("policy", "policy", "exact"),
+    # beyond the paper: the heads stay drafters, and the trunk gets the policy gradient through them
+    "occ-ce": Regime("ce", "policy", "proxy"),
+    "exact-ce": Regime("ce", "policy", "exact"),
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The doors of the trunk
 
 
 class _ScaleGrad(torch.autograd.Function):
@@ -56,77 +67,72 @@ class _ScaleGrad(torch.autograd.Function):
 def scale_grad(x, lam):
     """x forward; λ times the gradient backward.
 
-    lam is a number, or a tensor of one element that is read during the backward: it may be filled in after the forward,
-    when log-probs are known. A number 0 cuts the graph.
+    lam is a tensor of one element that is read during the backward: it may be filled in after the forward, when the
+    log-probs are known. Or it is a number: 0 cuts the graph.
     """
     if isinstance(lam, torch.Tensor):
         return _ScaleGrad.apply(x, lam)
-    return x.detach() if lam == 0 else x if lam == 1 else _ScaleGrad.apply(x, torch.tensor(float(lam)))
+    if lam == 0:
+        return x.detach()
+    return _ScaleGrad.apply(x, torch.tensor(float(lam), device=x.device))
 
 
-class _Watch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, see, *tensors):
-        ctx.see = see
-        return tuple(x.view_as(x) for x in tensors)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.see(*grads)
-        return None, *grads
+# ----------------------------------------------------------------------------------------------------------------------
+# λ from what can be seen without the gradients
 
 
-def itself(x):
-    """The total over one process."""
-    return x
+def wide(x):
+    """x without its graph, in float64 where the device has it."""
+    return x.detach().double() if x.device.type in ("cpu", "cuda") else x.detach().float()
 
 
-def inner(a, b, total=itself):
-    """<a, b> over all elements of two tensors of one shape, summed in float64, and over processes by `total`."""
+def inner(a, b):
+    """<a, b> over all elements of two tensors of one shape, and over all processes."""
     assert a.shape == b.shape, f"inner product of {tuple(a.shape)} and {tuple(b.shape)}"
-    return total((a.detach().double() * b.detach().double()).sum())
+    return total((wide(a) * wide(b)).sum())
 
 
-def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8, average="sums", total=itself):
-    """λ_t of the paper from changes of log-probs since the rollout: same tokens, same shape, no padding among them.
+def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8):
+    """λ_t of the paper (§4) from changes of log-probs since the rollout: same tokens, same shape, 0 where there is none.
 
-    average="sums": λ₊ Σ δ_RL δ_MTP / (Σ δ_MTP² + ε). "ratios": λ₊ mean(δ_RL δ_MTP / (δ_MTP² + ε)), the released code.
-    Right after a rollout every δ is 0, hence λ is. total(x) sums x over processes that hold a share of the tokens each.
-    Returns a float64 tensor of one element, any sign.
+    Right after a rollout every δ is 0, hence λ_t is. Returns a tensor of one element, any sign.
     """
-    if average == "sums":
-        return lam_plus * inner(delta_rl, delta_mtp, total) / (inner(delta_mtp, delta_mtp, total) + eps)
-    rl, mtp = delta_rl.detach().double(), delta_mtp.detach().double()
-    count = total(torch.tensor(float(rl.numel()), device=rl.device)).clamp(min=1)
-    return lam_plus * total((rl * mtp / (mtp.square() + eps)).sum()) / count
+    return lam_plus * inner(delta_rl, delta_mtp) / (inner(delta_mtp, delta_mtp) + eps)
 
 
-def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20, total=itself):
-    """λ from the gradients a, b of both objectives at the trunk's hidden states: λ₊ <a, b> / (‖b‖² + ε).
+def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
+    """λ from the gradients of both losses at the trunk's final hidden states.
 
-    Not in the paper. Both objectives reach the trunk mostly through these states (the bound of Sener & Koltun 2018,
-    arXiv 1810.04650), and their gradients there cost one backward through the heads, none through the trunk.
+    Not in the paper. Both losses reach the trunk mostly through these states (the bound of Sener & Koltun 2018, arXiv
+    1810.04650), and their gradients there need no backward through the trunk.
     """
-    return lam_plus * inner(grad_rl, grad_mtp, total) / (inner(grad_mtp, grad_mtp, total) + eps)
+    return lam_plus * inner(grad_rl, grad_mtp) / (inner(grad_mtp, grad_mtp) + eps)
 
 
-def hidden_watch(lam, terms, cfg, total=itself):
-    """hidden_coefficient without a backward of its own: λ is set when the backward comes to the doors.
+def released_coefficient(delta_rl_BT, delta_mtp_BT, mask_BT, lam_plus=1.0, eps=1e-8):
+    """λ of each response (B,), as in the authors' code: one for each pair of neighbours, their micro-batch.
 
-    Returns watch(h, h_heads, emb, W) -> the same four, to stand between the doors (scale_grad with the tensor `lam`)
-    and what reads them: the trunk's own head reads the first, the MTP heads the others. Both gradients at h, a and b,
-    then pass here before the doors; lam and terms (see coefficient) are filled in.
+    It is the mean of the per-token ratios δ_RL δ_MTP / (δ_MTP² + ε) over the real tokens of the pair.
+    Differs: their mean also counts the padding, as zeros.
     """
+    ratio_BT = delta_rl_BT * delta_mtp_BT / (delta_mtp_BT.square() + eps) * mask_BT
+    pair = torch.arange(len(mask_BT), device=mask_BT.device) // 2
+    sums, counts = torch.zeros(2, len(mask_BT), device=mask_BT.device)
+    sums.index_add_(0, pair, ratio_BT.sum(1))
+    counts.index_add_(0, pair, mask_BT.sum(1).float())
+    return lam_plus * (sums / counts.clamp(min=1))[pair]
 
-    def see(a, b, *_):
-        lam.fill_(hidden_coefficient(a, b, cfg.lam_plus, total=total))
-        terms.update(_terms(lam.clone(), a, b, total))
 
-    return lambda *tensors: _Watch.apply(see, *tensors)
+def token_deltas(logp_BT, old_BT, logp_mtp_BKT, old_mtp_BKT, mask_mtp_BKT):
+    """δ_RL and δ_MTP (B, T-1) of the tokens that some head scores, 0 elsewhere; δ_MTP is the mean over those depths."""
+    depths_BT = mask_mtp_BKT.sum(1)
+    delta_rl_BT = (logp_BT - old_BT) * (depths_BT > 0)
+    delta_mtp_BT = ((logp_mtp_BKT - old_mtp_BKT) * mask_mtp_BKT).sum(1) / depths_BT.clamp(min=1)
+    return delta_rl_BT.detach(), delta_mtp_BT.detach()
 
 
-def _terms(lam, a, b, total):
-    return {"occ/lam": lam, "occ/c_hat": inner(a, b, total), "occ/v2_hat": inner(b, b, total)}
+# ----------------------------------------------------------------------------------------------------------------------
+# The decomposition, and its terms from the real gradients
 
 
 def delta_mtp(lam, c, v2, eta, L):
@@ -142,91 +148,52 @@ def lam_star(c, v2, eta, L):
 
 
 def flat_grad(loss, params):
-    """d loss / d params as one flat vector; parameters that the loss does not reach count as 0. The graph is kept."""
+    """d loss / d params, summed over processes, as one flat vector. The graph is kept; what is not reached counts 0."""
     grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads)])
+    flat = [(torch.zeros_like(p) if grad is None else grad).flatten() for p, grad in zip(params, grads)]
+    return total(torch.cat(flat))
+
+
+def product(a, b):
+    """<a, b> of two vectors that are the same on all processes, as a number."""
+    return (wide(a) * wide(b)).sum().item()
 
 
 def exact_terms(g, m, lam_plus=1.0):
-    """c, v², cos and λ = λ₊ c/v² of two flat gradient vectors, as a dict of numbers. No MTP gradient, no λ: 0."""
-    c, v2, g2 = inner(g, m).item(), inner(m, m).item(), inner(g, g).item()
+    """c, v², ‖g‖², their cosine and λ = λ₊ c/v² of two flat gradients. Without an MTP gradient, cosine and λ are 0."""
+    c, v2, g2 = product(g, m), product(m, m), product(g, g)
     cos = c / (g2 * v2) ** 0.5 if g2 * v2 > 0 else 0.0
     return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_star": lam_plus * c / v2 if v2 > 0 else 0.0}
 
 
-def split_terms(g_a, m_a, g_b, m_b, share=0.5):
-    """c, v² and ‖g‖² without the noise that g and m share when they come from the same samples.
+def split_terms(g_a, m_a, g_b, m_b, part=0.5):
+    """c, v² and ‖g‖² without the noise that g and m share because they come from the same samples.
 
-    The arguments are the contributions of two parts of a minibatch, g = g_a + g_b, the first with `share` of it.
-    Products across the parts are of independent estimates, so the mean of <g_a, m_b> is share (1 - share) <E g, E m>;
-    within a part it contains the covariance too.
+    The arguments are the contributions of two parts of a minibatch, g = g_a + g_b, the first being `part` of it. Products
+    across the parts are of independent estimates: the mean of <g_a, m_b> is part (1 - part) <E g, E m>.
     """
-    across = share * (1 - share)
-    c_split = (inner(g_a, m_b) + inner(g_b, m_a)).item() / (2 * across)
+    across = part * (1 - part)
     return {
-        "c_split": c_split,
-        "v2_split": inner(m_a, m_b).item() / across,
-        "g2_split": inner(g_a, g_b).item() / across,
+        "c_split": (product(g_a, m_b) + product(g_b, m_a)) / (2 * across),
+        "v2_split": product(m_a, m_b) / across,
+        "g2_split": product(g_a, g_b) / across,
     }
 
 
-def coefficient(out, params, cfg, total=itself):
-    """λ of one minibatch by the rule of cfg.regime, with the ĉ and v̂² of its proxy (over tokens, or products at h).
+def coefficient(rule, cfg, deltas, losses, h_BTC, trunk):
+    """λ of one minibatch by a regime's rule, a number or a tensor of one element.
 
-    out: rl and mtp (losses whose graph has its doors open), delta_rl_N and delta_mtp_N, and h_BTC, the hidden states
-    at the door. params: those of the trunk, or of some blocks, for "exact". cfg: regime, lam, lam_plus, occ_proxy,
-    occ_average. total: sums over processes.
-    Only "hidden" and "exact" differentiate, and keep the graph. Returns (λ, {"occ/lam", "occ/c_hat", "occ/v2_hat"}),
-    numbers or tensors of one element.
+    deltas: (δ_RL, δ_MTP). losses: (loss_rl, loss_mtp), whose graph has its doors open. h_BTC: the hidden states at the
+    door. trunk: its parameters. Only "exact" and --occ_proxy hidden differentiate, and they keep the graph.
     """
-    rule, a, b = REGIMES[cfg.regime].rule, out.delta_rl_N, out.delta_mtp_N
-    if rule == "proxy" and cfg.occ_proxy == "hidden":
-        a, b = (torch.autograd.grad(loss, out.h_BTC, retain_graph=True)[0] for loss in (out.rl, out.mtp))
-        lam = hidden_coefficient(a, b, cfg.lam_plus, total=total)
-    elif rule == "proxy":
-        lam = logprob_coefficient(a, b, cfg.lam_plus, average=cfg.occ_average, total=total)
-    elif rule == "exact":
-        g, m = (total(flat_grad(loss, params)) for loss in (out.rl, out.mtp))
-        lam = exact_terms(g, m, cfg.lam_plus)["lam_star"]
-    else:
-        lam = cfg.lam if rule == "fixed" else 0.0
-    return lam, _terms(lam, a, b, total)
-
-
-def probe(parts, trunk, last_blocks, lam_plus=1.0, share=0.5, total=itself):
-    """The exact terms of one minibatch, whatever the regime, and what each proxy makes of it, for the log.
-
-    parts: one or two functions, each running the forward of a part of the minibatch with open doors and returning an
-    object as `coefficient` takes it. With two, the first being `share` of it, split_terms too. last_blocks: the
-    parameters of some blocks, to see what their gradients alone would say.
-    Returns the terms, and the gradients g and m of the two losses.
-    """
-    grads, deltas, at_h, at_blocks = [], [], [], []
-    for run in parts:
-        out = run()
-        grads.append((total(flat_grad(out.rl, trunk)), total(flat_grad(out.mtp, trunk))))
-        at_blocks.append([total(flat_grad(loss, last_blocks)) for loss in (out.rl, out.mtp)])
-        deltas.append((out.delta_rl_N, out.delta_mtp_N))
-        at_h.append(tuple(flat_grad(loss, [out.h_BTC]) for loss in (out.rl, out.mtp)))
-    g, m = (sum(x) for x in zip(*grads))
-    terms = exact_terms(g, m, lam_plus)
-    if len(grads) == 2:
-        terms |= split_terms(*grads[0], *grads[1], share)
-    terms["lam_blocks"] = exact_terms(*(sum(x) for x in zip(*at_blocks)), lam_plus)["lam_star"]
-    delta_rl_N, delta_mtp_N = (torch.cat(x) for x in zip(*deltas))
-    terms["lam_hidden"] = hidden_coefficient(*(torch.cat(x) for x in zip(*at_h)), lam_plus, total=total).item()
-    for average in ("sums", "ratios"):
-        lam = logprob_coefficient(delta_rl_N, delta_mtp_N, lam_plus, average=average, total=total)
-        terms[f"lam_{average}"] = lam.item()
-    return {f"occ/{name}": value for name, value in terms.items()}, g, m
-
-
-def step_terms(u, g, g_after, delta):
-    """η and L of a step that was made, for delta_mtp: u = g + λ m, delta the step, all gradients of losses (-J).
-
-    η = ‖delta‖/‖u‖: the plain gradient step of the same length, whatever the optimizer and clipping made of u.
-    L = <g_after - g, delta>/‖delta‖²: how fast the slope of the objective falls along this step; it may be negative.
-    """
-    length2 = inner(delta, delta).item()
-    eta = (length2 / max(inner(u, u).item(), 1e-30)) ** 0.5
-    return {"occ/eta": eta, "occ/L": inner(g_after - g, delta).item() / max(length2, 1e-30)}
+    if rule == "fixed":
+        return cfg.lam
+    if rule == "proxy" and cfg.occ_proxy == "logprob":
+        return logprob_coefficient(*deltas, cfg.lam_plus)
+    if rule == "proxy":
+        grads = [torch.autograd.grad(loss, h_BTC, retain_graph=True)[0] for loss in losses]
+        return hidden_coefficient(*grads, cfg.lam_plus)
+    if rule == "exact":
+        g, m = [flat_grad(loss, trunk) for loss in losses]
+        return exact_terms(g, m, cfg.lam_plus)["lam_star"]
+    return 0.0

@@ -1,8 +1,11 @@
-"""What the tests share: the project's root on the path, and models small enough to compute by hand."""
+"""What the tests share: the project's root on the path, models small enough to compute by hand, and small runs."""
 
+import os
 import sys
 import zlib
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -16,9 +19,7 @@ import rl  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-
-def pytest_configure(config):
-    config.option.reportchars += "s"  # a test that was skipped says why
+PLOT = evaluation.plot
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +50,17 @@ def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
     return tokens, ((t >= p) & (t < p + r))[:, 1:]
 
 
-SMALL = dict(lr=3e-4, n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu")
-SMALL |= dict(steps=4, prompts_per_step=4, num_generations=4, updates_per_rollout=2, max_new_tokens=12)
-SMALL |= dict(eval_problems=2, eval_k=2, eval_every=2, save_every=2, probe_every=2)
+def shake(*modules, scale=0.02):
+    """An update happened in between."""
+    with torch.no_grad():
+        for module in modules:
+            for p in module.parameters():
+                p.add_(scale * torch.randn_like(p))
 
 
-PLOT = evaluation.plot
+SMALL = dict(lr=3e-4, n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu", steps=4,
+             prompts_per_step=4, num_generations=4, updates_per_rollout=2, max_new_tokens=12, eval_problems=2, eval_k=2,
+             eval_every=2, save_every=2, probe_every=2)  # fmt: skip
 
 
 def coin(problem, text):
