@@ -68,9 +68,7 @@ class Config:
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token a byte, or GPT-2's
     seed: int = 0  # of everything random
     # reinforcement learning
-    regime: Literal[tuple(occ.REGIMES)] = (
-        "occ"  # what the MTP heads learn, and how much of it reaches the trunk
-    )
+    regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn, and how much reaches the trunk
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # rollouts
     lr: float = 2e-4  # of Adam, for trunk and heads
@@ -91,12 +89,8 @@ class Config:
     n_embd: int = 64  # channels
     tied: bool = False  # one matrix for embedding and unembedding
     mtp_depth: int = 1  # MTP heads
-    mtp_design: Literal["sequential", "parallel"] = (
-        "sequential"  # as in DeepSeek-V3, or as in Gloeckle et al.
-    )
-    logp_impl: Literal["auto", "naive", "chunked", "triton"] = (
-        "auto"  # how log-probs are computed, see mtp.linear_logp
-    )
+    mtp_design: Literal["sequential", "parallel"] = "sequential"  # DeepSeek-V3's, or Gloeckle et al.'s
+    logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # of log-probs, see mtp.linear_logp
     # pretraining
     pretrain_steps: int = 1000  # batches of solutions
     pretrain_batch: int = 160  # solutions a batch
@@ -111,9 +105,7 @@ class Config:
     eval_problems: int = 32  # held-out problems a suite
     eval_k: int = 8  # samples a problem
     probe_every: int = 10  # steps between measurements of the exact c and v2; 0 is never
-    device: str = (
-        "auto"  # cuda where there is one, else cpu; or any device that torch knows: cuda:1, mps, xpu
-    )
+    device: str = "auto"  # cuda where there is one, else cpu; or any that torch knows: cuda:1, mps, xpu
 
     def __post_init__(self):
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every keep_every".split()

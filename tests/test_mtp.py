@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtp
 
+LENGTHS = (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1)))  # of batches; the second is shorter than the depth
 DESIGNS = ("sequential", "parallel")
 IMPLS = ("naive", "chunked")
 
@@ -33,9 +34,7 @@ def reference(model, heads, tokens, temperature, offset=0):
     return out
 
 
-@pytest.mark.parametrize(
-    "lengths", (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1)))
-)  # and shorter than the depth
+@pytest.mark.parametrize("lengths", (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1))))  # and shorter than the depth
 @pytest.mark.parametrize("design", DESIGNS)
 def test_alignment(design, lengths):
     depth, temperature = 3, 0.7  # that of the trunk is that of the heads
@@ -72,9 +71,7 @@ def test_the_trunks_logprobs_do_not_depend_on_heads_or_padding():
     model, heads = tiny()
     tokens, mask = batch()
     logp, _, h = mtp.logprobs(model, heads, tokens, mask, temperature=0.8)
-    expected = (model(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(
-        -1
-    ) * mask
+    expected = (model(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
     torch.testing.assert_close(logp, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(h, model.hidden(tokens))
     alone, none, _ = mtp.logprobs(model, None, tokens, mask, temperature=0.8)
@@ -138,9 +135,7 @@ HALVES = ((torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**
 @pytest.mark.parametrize("case", CASES)
 def test_linear_logp_against_float64(impl, case, dtype, rounding, monkeypatch):
     """Half precision too is accumulated in float32: products in bfloat16 would miss log-probs by hundredths."""
-    monkeypatch.setattr(
-        mtp, "CHUNK_LOGITS", 64 * CASES[case][0]
-    )  # chunks of 64 columns, and a ragged last one
+    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64 * CASES[case][0])  # chunks of 64 columns, and a ragged last one
     check_case(impl, case, dtype, rounding)
 
 
@@ -161,11 +156,8 @@ def check_digits(impl):
 def test_chunked_gradcheck(monkeypatch):
     monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64 * 4)  # two chunks
     h, W = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 70))
-
-    def function(h, W):
-        return mtp.linear_logp(h, W, torch.tensor([0, 69, 2, 2]), 0.7, "chunked")
-
-    assert torch.autograd.gradcheck(function, (h, W))
+    targets = torch.tensor([0, 69, 2, 2])
+    assert torch.autograd.gradcheck(lambda h, W: mtp.linear_logp(h, W, targets, 0.7, "chunked"), (h, W))
 
 
 def check_strides(impl):

@@ -76,7 +76,7 @@ def test_drafts_come_from_the_true_tokens(design, depth, monkeypatch):
 
 
 def chi2_against_the_trunk(design, depth, temperature, n=60_000, V=3, R=3):
-    """χ² of speculative samples against the trunk's probabilities of all V^R responses, and the rate of acceptance."""
+    """χ² of samples against the trunk's probabilities of all V^R responses; how often a first draft came out."""
     model, heads = tiny(vocab=V, depth=depth, design=design)
     out = speculative_generate(model, heads, [[1, 2, 1]], n, R, eos=99, temperature=temperature)  # 99: no end
     responses = torch.cartesian_prod(*[torch.arange(V)] * R)  # in the order of their numbers in base V
@@ -89,9 +89,10 @@ def chi2_against_the_trunk(design, depth, temperature, n=60_000, V=3, R=3):
     return chi2, mtp.speculation_metrics(out["mask"], out["draft"], depth)["spec/accept_rate_1"]
 
 
-@pytest.mark.parametrize(
-    "design, depth, temperature", (("sequential", 1, 1.0), ("sequential", 2, 1.4), ("parallel", 2, 1.0))
-)
+SAMPLED = [("sequential", 1, 1.0), ("sequential", 2, 1.4), ("parallel", 2, 1.0)]
+
+
+@pytest.mark.parametrize("design, depth, temperature", SAMPLED)
 def test_samples_have_the_trunks_distribution(design, depth, temperature):
     chi2, accepted = chi2_against_the_trunk(design, depth, temperature)
     assert chi2 < 54.1  # the 99.9 % point of chi-square with 3^3 - 1 degrees of freedom
@@ -100,11 +101,7 @@ def test_samples_have_the_trunks_distribution(design, depth, temperature):
 
 def test_exact_match_is_told_apart(monkeypatch):
     """Accepting a draft because the trunk likes it best is not lossless at a temperature above 0."""
-
-    def exact_match(log_p, log_q, draft, temperature, u):
-        return draft == log_p.argmax(-1)
-
-    monkeypatch.setattr(mtp, "accepts", exact_match)
+    monkeypatch.setattr(mtp, "accepts", lambda log_p, log_q, draft, *_: draft == log_p.argmax(-1))
     assert chi2_against_the_trunk("sequential", 1, 1.0)[0] > 1000
 
 

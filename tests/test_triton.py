@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,9 +27,7 @@ def test_the_kernels_compute_what_they_should():
         "no:cacheprovider",
         str(ROOT / "tests" / "triton_cases.py"),
     ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
 
@@ -78,9 +77,7 @@ def test_the_kernels_compile_for_sm_90_without_spills_and_with_tensor_cores(tmp_
     for kind, kernel, stack, wgmma, shared in rows:
         assert stack == "0", f"{kernel} of {kind} spills registers"
         assert int(wgmma) > 0 or kind == "fp32", f"{kernel} of {kind} does not use tensor cores"
-        assert (
-            int(shared) <= (227 if kind != "fp32" else 99) * 1024
-        )  # what sm_90 has, and what small GPUs have
+        assert int(shared) <= (227 if kind != "fp32" else 99) * 1024  # what sm_90 has, and what small GPUs have
 
 
 def test_importing_mtp_does_not_import_triton():
@@ -92,19 +89,10 @@ def test_a_forced_triton_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     mtp.why_no_triton.cache_clear()
     h, W, target = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])
-    with pytest.raises(
-        ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"
-    ):
+    with pytest.raises(ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"):
         mtp.linear_logp(h, W, target, impl="triton")
     with pytest.raises(ValueError, match="it has no torch.float64"):
         mtp.linear_logp(h.double(), W.double(), target, impl="triton")
-
-
-def raising(error):
-    def function(*args):
-        raise error
-
-    return function
 
 
 def wrong_statistics(h, W, target, temperature):
@@ -117,9 +105,9 @@ def wrong_dz(h, W, target, top, log_sum, g, temperature):
 
 DISAGREE = "its kernels disagree with naive on a small random input"
 TRIALS = {  # functions that take the place of mtp's, and what is said of them
-    "not installed": ({"kernels": raising(ImportError("No module"))}, "ImportError: No module"),
+    "not installed": ({"kernels": Mock(side_effect=ImportError("No module"))}, "ImportError: No module"),
     "broken": (
-        {"triton_statistics": raising(RuntimeError("out of\n memory"))},
+        {"triton_statistics": Mock(side_effect=RuntimeError("out of\n memory"))},
         "RuntimeError: out of memory",
     ),
     "wrong forward": ({"triton_statistics": wrong_statistics, "triton_dz": mtp.chunked_dz}, DISAGREE),
