@@ -49,9 +49,8 @@ import rl
 from model import GPT, GPTConfig, find_device
 
 VERSION = 2  # of the run folder's format
-CHECKPOINT = (
-    "step steps seconds scores model heads optimizer".split()
-)  # what ckpt.pt holds besides its version
+# what ckpt.pt holds besides its version
+CHECKPOINT = "step steps seconds scores model heads optimizer".split()
 T_95 = [
     12.71,
     4.30,
@@ -325,9 +324,8 @@ PANELS = [  # title, axis label, value of a record, scale of the axis
 
 def group_runs(folders):
     """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
-    free = (
-        "seed out cache_dir data_dir device save_every keep_every steps".split()
-    )  # no part of the experiment
+    # what is no part of the experiment
+    free = "seed out cache_dir data_dir device save_every keep_every steps".split()
     runs = [read_metrics(folder) for folder in folders]
     configs = [{name: x for name, x in header["config"].items() if name not in free} for header, _ in runs]
     differ = [n for n in configs[0] if n != "regime" and any(c.get(n) != configs[0][n] for c in configs)]
@@ -426,9 +424,7 @@ def explain(args):
     optimizer = torch.optim.Adam(params, lr=cfg.lr)
     load_weights(read_run(args.run)[1], model, heads, optimizer)
     for part in earlier:  # the updates of the rollout before the last, with λ = 0
-        logp, logp_mtp, _ = mtp.logprobs(
-            model, heads, part["tokens"], part["mask"], cfg.temperature, cfg.logp_impl, 0.0
-        )
+        logp, logp_mtp, _ = rl.logprobs(model, heads, part, cfg, door=0.0)
         part = {"old": logp.detach(), "old_mtp": logp_mtp.detach()} | part
         loss = rl.policy_loss(logp, part["old"], part["adv"], part["mask"], part["weight"], algo)
         optimizer.zero_grad()
@@ -438,9 +434,7 @@ def explain(args):
         optimizer.step()
 
     with torch.no_grad():
-        logp, logp_mtp, _ = mtp.logprobs(
-            model, heads, mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl
-        )
+        logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     delta_rl, delta_mtp = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
     scored, product = mb["mask_mtp"].any(1), delta_rl * delta_mtp
     c_hat, v2_hat = product.sum().item(), delta_mtp.square().sum().item()
@@ -538,21 +532,17 @@ def reproduce(args):
     """
     args.out, start = args.out or "out/reproduce", time.perf_counter()
     steps = args.steps or (10 if args.fast else 250)
-    common = (
-        SETTING
-        | (FAST if args.fast else {})
-        | dict(steps=steps, keep_every=steps, cache_dir=f"{args.out}/base")
-    )
+    common = SETTING | dict(steps=steps, keep_every=steps, cache_dir=f"{args.out}/base")
+    if args.fast:
+        common |= FAST
     seeds = range(args.seeds or (2 if args.fast else 5))
     plan = [common | REPRODUCED[label] | dict(seed=seed, out=f"{args.out}/{label}-s{seed}")
             for label in args.regimes.split(",") for seed in seeds]  # fmt: skip
     threads, failed = max((os.cpu_count() or 1) // args.jobs, 1), []
     bar = tqdm(total=len(plan), desc="runs", disable=None)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for wave in (
-            plan[: len(seeds)],
-            plan[len(seeds) :],
-        ):  # the first run of a seed pretrains for the others
+        # The first run of a seed pretrains for the others.
+        for wave in (plan[: len(seeds)], plan[len(seeds) :]):
             for line in pool.map(train_one, wave, [threads] * len(wave)):
                 failed += [line] if line else []
                 bar.update()
@@ -605,12 +595,8 @@ def measure_noise(folder, name, count):
     algo, trunk = dataclasses.replace(rl.ALGOS[cfg.algo], kl_coef=0.0), list(model.parameters())
     found, grads = {"count": count}, {"g": [], "policy": [], "ce": []}
     for i in range(count):
-        for mb in minibatches_of_one_rollout(
-            cfg, model, heads, algo, 10**9 + i
-        ):  # one; none if all groups agree
-            logp, logp_mtp, _ = mtp.logprobs(
-                model, heads, mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl
-            )
+        for mb in minibatches_of_one_rollout(cfg, model, heads, algo, 10**9 + i):  # one, or none
+            logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
             mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
             loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
             grads["g"].append(occ.flat_grad(loss_rl, trunk).double())
@@ -947,19 +933,12 @@ def reporting(prog):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal's encoding lacks
-    mistakes = (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        IsADirectoryError,
-        PermissionError,
-    )
+    wrong_paths = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, mistakes) else 1)
+        sys.exit(2 if isinstance(error, (ValueError, *wrong_paths)) else 1)
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted {error}".strip(), file=sys.stderr)
         sys.exit(130)

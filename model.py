@@ -46,8 +46,8 @@ class KVCache:
 
     def select(self, rows):
         """Keep these rows; a row may be named several times."""
-        self.k = self.k[rows]
-        self.v = self.v[rows]
+        self.k = self.k.index_select(0, rows)
+        self.v = self.v.index_select(0, rows)
 
     def write(self, k, v, pos_BS, end):
         """Store k, v (B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
@@ -73,9 +73,8 @@ class Block(nn.Module):
     def forward(self, x, cache=None, pos_BS=None, end=None):
         """x (B, S, C). With a KVCache, x is new positions pos_BS, which see the columns < end up to their own."""
         B, S, C = x.shape
-        q, k, v = (
-            self.qkv(self.norm_attn(x)).view(B, S, 3, self.n_head, C // self.n_head).unbind(2)
-        )  # (B, S, H, D)
+        qkv = self.qkv(self.norm_attn(x)).view(B, S, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.unbind(2)  # (B, S, H, D)
         mask = None
         if cache is not None:
             k, v = cache.write(k, v, pos_BS, end)
@@ -94,10 +93,8 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.norm_in, self.norm_out = (
-            nn.LayerNorm(cfg.n_embd, bias=False),
-            nn.LayerNorm(cfg.n_embd, bias=False),
-        )
+        self.norm_in = nn.LayerNorm(cfg.n_embd, bias=False)
+        self.norm_out = nn.LayerNorm(cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         # Small embeddings under pre-norm make the policy violently sensitive to each update; the norm after them and

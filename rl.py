@@ -205,9 +205,10 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
         key = sorted(operands) if kind.commutes else list(operands)
         if one_in_eight(f"{suite} {key}") == held_out:
             break
-    prompt, _, right = kind.solve(operands, n, lambda: False)
-    is_careless = rng.random() < careless
-    _, working, written = kind.solve(operands, n, lambda: is_careless and rng.random() < 0.5)
+    prompt, working, right = kind.solve(operands, n, lambda: False)
+    written = right
+    if rng.random() < careless:
+        _, working, written = kind.solve(operands, n, lambda: rng.random() < 0.5)
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
@@ -467,6 +468,7 @@ TIDY = [(re.compile(pattern), by) for pattern, by in (
     (r"^\{([^{},]*)\}$", r"\1"),
     (r"\s+", " "),
 )]  # fmt: skip
+PLAIN = re.compile(r"-?\d+", re.ASCII)
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 TEN = r"10\s?\^\s?(?:(?P<{0}>[+-]?\d{{1,4}})|\{{\s?(?P<braced_{0}>[+-]?\d{{1,4}})\s?\}})"
 NUMBER = re.compile(rf"""(?P<sign>[+-]?)\s?(?:
@@ -540,6 +542,8 @@ def answers_equal(gold, candidate):
     """
     if gold is None or candidate is None or not candidate.strip() or max(len(gold), len(candidate)) > LONGEST:
         return False
+    if PLAIN.fullmatch(gold) and PLAIN.fullmatch(candidate):  # nearly all of training: no need for more
+        return int(gold) == int(candidate)
     gold, candidate = tidied(gold), tidied(candidate)
     a, b = read_number(gold), read_number(candidate)
     if a and b:
@@ -632,9 +636,8 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
         batch, texts = sample(
             model, tok, drawn, G, R, cfg.temperature, generator, heads if cfg.speculative else None
         )
-        examples = (
-            examples or list(zip([p.prompt for p in drawn], texts[::G], batch["reward"][::G].tolist()))[:8]
-        )
+        if not examples:
+            examples = list(zip([p.prompt for p in drawn], texts[::G], batch["reward"][::G].tolist()))[:8]
         flat_P = ~informative(batch["reward"].view(-1, G))  # by correctness alone, before the penalty
         if algo.overlong:
             batch["reward"] = batch["reward"] + overlong_penalty(batch["mask"].sum(1), R)
@@ -689,13 +692,10 @@ class Algo:
     ratio: str = "token"  # token · sequence: geometric mean over the sequence · none: plain -A log p
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
-    dual_clip: float = (
-        10.0  # with A < 0 the objective is never below dual_clip·A (Ye et al. 2019, arXiv 1912.09729)
-    )
+    # with A < 0 the objective is never below dual_clip·A (Ye et al. 2019, arXiv 1912.09729)
+    dual_clip: float = 10.0
     kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy, frozen base)
-    dynamic_sampling: bool = (
-        False  # draw new prompts in the place of groups whose samples all have the same reward
-    )
+    dynamic_sampling: bool = False  # replace groups whose samples all have the same reward by new prompts
     overlong: bool = False  # punish responses that come near max_new_tokens
 
 
@@ -784,6 +784,11 @@ def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
 # The minibatch of an update
 
 
+def logprobs(model, heads, mb, cfg, door=1.0):
+    """mtp.logprobs of a minibatch: logp (B, T-1), logp_mtp (B, K, T-1), and the hidden states."""
+    return mtp.logprobs(model, heads, mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl, door)
+
+
 @torch.no_grad()
 def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     """A rollout cut into updates_per_rollout minibatches of whole groups, fewer if there are fewer groups.
@@ -813,11 +818,10 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
         }
         mine = share(len(groups))
         mb = {k: x[mine.start * G : mine.stop * G] for k, x in mb.items()}
-        args = mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl
         if parts:
-            mb["old"], mb["old_mtp"], _ = mtp.logprobs(model, heads, *args)
+            mb["old"], mb["old_mtp"], _ = logprobs(model, heads, mb, cfg)
         if reference:
-            mb["ref"], _, _ = mtp.logprobs(reference, None, *args)
+            mb["ref"], _, _ = logprobs(reference, None, mb, cfg)
         parts.append(mb)
     return parts
 
@@ -848,9 +852,34 @@ def first_update_metrics(logp_BT, logp_BKT, mb):
     gap_BT = (logp_BT.detach() - mb["logp"]).abs() * mb["mask"]
     gap = total(F.pad(gap_BT.flatten(), (0, 1)).max(), dist.ReduceOp.MAX).item()
     accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
-    accepted_K, scored_K = total(torch.stack((accepted_BKT.sum((0, 2)), mb["mask_mtp"].sum((0, 2)).float())))
-    shares = (accepted_K / scored_K.clamp(min=1)).tolist()
+    accepted_K = total(accepted_BKT.sum((0, 2)))
+    scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
+    shares = (accepted_K / scored_K).tolist()
     return {"rollout/logp_gap": gap} | {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
+
+
+def update_metrics(logp_BT, logp_BKT, mb, algo, first):
+    """What the forward pass of an update tells of trunk and heads; first: it is the first after the rollout."""
+    metrics = first_update_metrics(logp_BT, logp_BKT, mb) if first else {}
+    if logp_BKT.size(1):
+        metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], mb["adv"], mb["mask_mtp"], algo)
+    return metrics | ratio_metrics("actor", logp_BT, mb["old"], mb["adv"], mb["mask"], algo)
+
+
+def summary(updates):
+    """One step's updates as one record: means, of ratio_max the largest, and of occ/ the last (the first λ_t is 0)."""
+    values = {}
+    for metrics in updates:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    record = {}
+    for name, numbers in values.items():
+        record[name] = sum(numbers) / len(numbers)
+        if name.startswith("occ/"):
+            record[name] = numbers[-1]
+        elif name.endswith("ratio_max"):
+            record[name] = max(numbers)
+    return record
 
 
 def probe(model, heads, mb, deltas, regime, algo, cfg):
@@ -860,15 +889,12 @@ def probe(model, heads, mb, deltas, regime, algo, cfg):
     known too (occ.split_terms). deltas: (δ_RL, δ_MTP) of the minibatch.
     """
     trunk, G = list(model.parameters()), cfg.num_generations
-    first = (
-        (len(mb["adv"]) // G + world()[0] % 2) // 2 * G
-    )  # rows of the first half, an odd group to either in turn
+    groups = len(mb["adv"]) // G
+    first = (groups + world()[0] % 2) // 2 * G  # rows of the first half; an odd group goes to either in turn
     gradients, at_h = [], []
     for rows in (slice(0, first), slice(first, None)):
         half = {k: x[rows] for k, x in mb.items()}
-        logp, logp_mtp, h = mtp.logprobs(
-            model, heads, half["tokens"], half["mask"], cfg.temperature, cfg.logp_impl
-        )
+        logp, logp_mtp, h = logprobs(model, heads, half, cfg)
         loss_rl = policy_loss(logp, half["old"], half["adv"], half["mask"], half["weight"], algo)
         loss_rl = loss_rl + algo.kl_coef * kl_to_base(logp, half)
         losses = [loss_rl, mtp_loss(regime.trunk, logp_mtp, half, half["adv"], algo)]
@@ -884,7 +910,6 @@ def probe(model, heads, mb, deltas, regime, algo, cfg):
         torch.cat(at_h[::2]), torch.cat(at_h[1::2]), cfg.lam_plus
     ).item()
     if world()[1] == 1:  # a mean over pairs, which processes would cut
-        terms["lam_released"] = (
-            occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), cfg.lam_plus).mean().item()
-        )
+        lam_B = occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), cfg.lam_plus)
+        terms["lam_released"] = lam_B.mean().item()
     return {f"occ/{name}": value for name, value in terms.items()}

@@ -139,11 +139,9 @@ class Config:
         self.need("released", not self.released or self.regime == "occ", "left out, or with --regime occ")
         if self.released:
             self.lam_plus = 0.1 / self.mtp_depth
-        why = (
-            mtp.why_no_triton(find_device(self.device).type, torch.float32)
-            if self.logp_impl == "triton"
-            else ""
-        )
+        why, kind = "", find_device(self.device).type
+        if self.logp_impl == "triton":
+            why = mtp.why_no_triton(kind, torch.float32)
         self.need("logp_impl", not why, f"auto, naive or chunked here: {why}")
         needed = max(rl.longest(s, self.difficulty, self.tok())[2] for s in self.suites()) + 1
         needed = needed * 5 // 4 if algo.overlong else needed  # the overlong penalty takes the last fifth
@@ -460,23 +458,26 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
     updates = []
     for update, mb in enumerate(minibatches):
-        lam = torch.ones((), device=adv_B.device)  # filled in at 5; the doors read it in the backward at 6
-        door = 0.0 if regime.rule == "cut" else 1.0 if cfg.released else lam  # the number 0 cuts the graph
-        tokens, mask, mask_mtp = mb["tokens"], mb["mask"], mb["mask_mtp"]
-        logp, logp_mtp, h = mtp.logprobs(model, heads, tokens, mask, cfg.temperature, cfg.logp_impl, door)
-        metrics = {}
-        if (
-            update == 0
-        ):  # nothing has changed yet: ratios are exactly 1 and δ exactly 0, no rounding for OCC to divide
+        # What the doors of the trunk multiply the heads' gradient by: filled in at 5, read in the backward at 6.
+        lam = torch.ones((), device=adv_B.device)
+        door = lam
+        if regime.rule == "cut":
+            door = 0.0  # a number, not a tensor: it cuts the graph
+        elif cfg.released:
+            door = 1.0  # λ acts elsewhere
+        mask, mask_mtp = mb["mask"], mb["mask_mtp"]
+        logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
+        if update == 0:
+            # Nothing has changed yet: ratios are exactly 1 and δ exactly 0, without rounding for OCC to divide.
             mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
-            metrics |= rl.first_update_metrics(logp, logp_mtp, mb)
         adv_mtp = mb["adv"]
-        if cfg.released:  # δ_MTP from the old log-prob of the trunk; λ times the advantages, inside the clip
+        if cfg.released:  # the base of δ_MTP is the trunk's; λ multiplies the advantages, inside the clip
             mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
         deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mask_mtp)
         if cfg.released:
             lam_B = occ.released_coefficient(*deltas, mask_mtp.any(1), cfg.lam_plus)
             adv_mtp = adv_mtp * lam_B
+        metrics = rl.update_metrics(logp, logp_mtp, mb, algo, first=update == 0)
 
         # 3 policy loss of the trunk
         kl = rl.kl_to_base(logp, mb)
@@ -490,10 +491,13 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
         # 5 coefficient λ_t
         if cfg.released:
-            lam.fill_(lam_B.mean())  # for the log: the doors stand open
+            lam.fill_(lam_B.mean())  # for the log
         else:
             lam.fill_(occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, trunk))
         clock("coefficient")
+        if heads and mb is minibatches[-1] and cfg.probe_every and step % cfg.probe_every == 0:
+            metrics |= rl.probe(model, heads, mb, deltas, regime, algo, cfg)
+            clock("probe")
 
         # 6 one backward, one step: the trunk moves along g + λ_t m, the heads along their own gradient
         optimizer.zero_grad()
@@ -503,36 +507,20 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
             (loss_rl + loss_mtp).backward(inputs=trunk, retain_graph=True)
             loss_heads.backward(inputs=phi)
         total_gradients(trunk + phi)
-        clock("update")
-        if heads:
-            metrics |= {"occ/lam": lam.item(), "occ/c_hat": occ.inner(*deltas).item()}
-            metrics |= {
-                "occ/v2_hat": occ.inner(deltas[1], deltas[1]).item(),
-                "mtp/loss": total(loss_heads.detach()).item(),
-            }
-            metrics |= rl.ratio_metrics("mtp", logp_mtp, mb["old_mtp"], mb["adv"], mask_mtp, algo)
-            if mb is minibatches[-1] and cfg.probe_every and step % cfg.probe_every == 0:
-                clock("update")
-                metrics |= rl.probe(model, heads, mb, deltas, regime, algo, cfg)
-                clock("probe")
-        metrics |= rl.ratio_metrics("actor", logp, mb["old"], mb["adv"], mask, algo)
-        metrics |= {"actor/loss": total(loss_rl.detach()).item(), "actor/kl": total(kl.detach()).item()}
-        metrics |= {
-            "grad_norm/trunk": torch.nn.utils.clip_grad_norm_(trunk, 1.0).item()
-        }  # apart: a shared norm would
-        metrics |= {
-            "grad_norm/heads": torch.nn.utils.clip_grad_norm_(phi, 1.0).item()
-        }  # let the heads brake the policy
+        # Clipped apart: with one shared norm the heads would shrink the step of the policy.
+        metrics["grad_norm/trunk"] = torch.nn.utils.clip_grad_norm_(trunk, 1.0).item()
+        metrics["grad_norm/heads"] = torch.nn.utils.clip_grad_norm_(phi, 1.0).item()
         optimizer.step()
+        metrics |= {"actor/loss": total(loss_rl.detach()).item(), "actor/kl": total(kl.detach()).item()}
+        if heads:
+            metrics |= {"mtp/loss": total(loss_heads.detach()).item(), "occ/lam": lam.item()}
+            metrics["occ/c_hat"] = occ.inner(*deltas).item()
+            metrics["occ/v2_hat"] = occ.inner(deltas[1], deltas[1]).item()
         updates.append(metrics)
         clock("update")
 
-    # 7 log: means over the updates, of ratio_max the largest, and of occ/ the last (the first λ_t is 0)
-    for name in {name: None for metrics in updates for name in metrics}:
-        values = [metrics[name] for metrics in updates if name in metrics]
-        record[name] = (
-            values[-1] if "occ/" in name else max(values) if "_max" in name else sum(values) / len(values)
-        )
+    # 7 log
+    record |= rl.summary(updates)
     record |= {f"perf/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
     record["perf/tokens_per_s"] = record["response_length/sum"] / sum(clock.seconds.values())
     return record, examples
@@ -545,18 +533,13 @@ def main(cfg, resume=False, stop=()):
     number that is not finite.
     """
     device, tok = set_up(cfg), cfg.tok()
-    if (
-        occ.REGIMES[cfg.regime].rule == "proxy"
-        and cfg.occ_proxy == "logprob"
-        and cfg.updates_per_rollout == 1
-    ):
+    from_logprobs = occ.REGIMES[cfg.regime].rule == "proxy" and cfg.occ_proxy == "logprob"
+    if from_logprobs and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
-    if (
-        device.type == "cuda"
-        and cfg.logp_impl == "auto"
-        and (why := mtp.why_no_triton("cuda", hidden_dtype(device)))
-    ):
-        say(f"note: log-probs are computed in chunks, not by the Triton kernels: {why}")
+    if device.type == "cuda" and cfg.logp_impl == "auto":
+        why = mtp.why_no_triton("cuda", hidden_dtype(device))
+        if why:
+            say(f"note: log-probs are computed in chunks, not by the Triton kernels: {why}")
     Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
     run = Run(cfg, resume)
     model, heads = evaluation.build(cfg, device)

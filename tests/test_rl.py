@@ -419,3 +419,12 @@ def test_groups_without_gradient_have_none():
     loss = rl.policy_loss(logp, logp.detach(), zero, mb["mask"], mb["weight"], rl.ALGOS["dapo"])
     loss = loss + rl.mtp_loss("policy", logp_mtp, mb, zero, rl.ALGOS["dapo"])
     assert (occ.flat_grad(loss, list(model.parameters())) == 0).all()
+
+
+def test_the_updates_of_a_step_as_one_record():
+    updates = [
+        {"a": 1.0, "mtp/ratio_max": 5.0, "occ/lam": 0.0},
+        {"a": 2.0, "mtp/ratio_max": 3.0, "occ/lam": 0.4},
+    ]
+    assert rl.summary(updates) == {"a": 1.5, "mtp/ratio_max": 5.0, "occ/lam": 0.4}
+    assert rl.summary([]) == {}
