@@ -57,6 +57,7 @@ from model import find_device, hidden_dtype, pad, share, total, total_gradients,
 # Multiply-adds of an update's largest matrix product that occupy a thread. With less, waking a second one costs more
 # than it gains: at the default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
 THREAD_WORK = 30_000_000
+CORES = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
 
 
 @dataclass
@@ -169,7 +170,7 @@ class Config:
 
 def set_up(cfg):
     """The device of this process; torchrun's processes meet here. ValueError if there are more of them than GPUs."""
-    device, threads = find_device(cfg.device), torch.get_num_threads()
+    device, threads = find_device(cfg.device), CORES
     if dist.is_torchelastic_launched():
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         threads = max((os.cpu_count() or 1) // here, 1)
