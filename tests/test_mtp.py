@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtp
 
-LENGTHS = (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1)))  # of batches; the second is shorter than the depth
 DESIGNS = ("sequential", "parallel")
 IMPLS = ("naive", "chunked")
 
@@ -34,7 +33,7 @@ def reference(model, heads, tokens, temperature, offset=0):
     return out
 
 
-@pytest.mark.parametrize("lengths", (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1))))  # and shorter than the depth
+@pytest.mark.parametrize("lengths", (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1))))  # (prompt, response)
 @pytest.mark.parametrize("design", DESIGNS)
 def test_alignment(design, lengths):
     depth, temperature = 3, 0.7  # that of the trunk is that of the heads
@@ -49,8 +48,8 @@ def test_alignment(design, lengths):
             assert found == pytest.approx(expected, abs=1e-5)
             noticed += abs(found - off_by_one[k, b, token]) > 1e-3
     assert torch.equal(logp != 0, mtp.aligned_mask(mask, depth))
-    assert (mtp.aligned_mask(mask, depth)[:, 2] == mask & (torch.arange(mask.size(1)) >= 3)).all()
-    if design == "sequential" and len(lengths) == 4:
+    assert torch.equal(mtp.aligned_mask(mask, depth)[:, 2], mask & (torch.arange(mask.size(1)) >= 3))
+    if design == "sequential" and len(lengths) == 4:  # two short sequences have hardly anything to notice
         assert noticed > 10  # a head that reads one token too far would be noticed
 
 
@@ -134,8 +133,8 @@ HALVES = ((torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
 def test_linear_logp_against_float64(impl, case, dtype, rounding, monkeypatch):
-    """Half precision too is accumulated in float32: products in bfloat16 would miss log-probs by hundredths."""
-    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64 * CASES[case][0])  # chunks of 64 columns, and a ragged last one
+    """Half precision is accumulated in float32: products in bfloat16 would miss log-probs by hundredths."""
+    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64 * CASES[case][0])  # 64 columns at a time
     check_case(impl, case, dtype, rounding)
 
 
@@ -161,11 +160,8 @@ def test_chunked_gradcheck(monkeypatch):
 
 
 def check_strides(impl):
-    """The shape of the targets is kept, no input need be contiguous, and gradients are the same bits each time."""
-    h, W = (
-        torch.randn(8, 5, 4).transpose(0, 1)[..., ::2].requires_grad_(),
-        torch.randn(2, 150).T.requires_grad_(),
-    )
+    """The shape of the targets is kept, inputs may have strides, and gradients are the same bits each time."""
+    h, W = torch.randn(8, 5, 4).transpose(0, 1)[..., ::2].requires_grad_(), torch.randn(2, 150).T.requires_grad_()
     targets, upstream = torch.randint(0, 9, (8, 5)).T, torch.randn(5, 16)[:, ::2]  # many share a target
     assert not any(x.is_contiguous() for x in (h, W, targets, upstream))
     results = []
