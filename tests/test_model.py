@@ -32,6 +32,14 @@ def test_tied_means_one_matrix(tied):
     assert model(torch.arange(6)[None]).std() < 3  # and logits start at an ordinary scale
 
 
+def test_logits_are_float32_under_autocast():
+    model, _ = tiny()
+    h = torch.randn(5, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(h)
+    torch.testing.assert_close(logits, h.float() @ model.lm_head.weight.T, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", (0, 0.6, 1.0))
 def test_samples_and_their_logprobs_are_those_of_a_forward_pass_without_cache(temperature):
     """New tokens go behind each row's own prompt, over the padding that was read with the prompts."""
@@ -82,13 +90,13 @@ def test_too_long_a_prompt_is_refused():
 def test_find_device():
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="--device abacus: cannot be used here"):
-        find_device("abacus")
+    for name in ("abacus", "cuda:99"):  # unknown, and a GPU that is not there
+        with pytest.raises(ValueError, match=f"--device {name}: cannot be used here"):
+            find_device(name)
 
 
-@pytest.mark.parametrize("size", (1, 2, 3, 7))
-def test_shares_cover_everything_once(size, monkeypatch):
-    for n in (0, 1, 6, 10):
+def test_shares_cover_everything_once(monkeypatch):
+    for size, n in ((1, 6), (2, 0), (2, 1), (2, 6), (3, 10), (7, 6), (7, 10)):
         covered = []
         for rank in range(size):
             monkeypatch.setattr(gpt, "world", lambda rank=rank: (rank, size))

@@ -17,7 +17,7 @@ def taught(design, depth):
     """A tiny trunk, prompts, what it says to them greedily, and heads that have learnt most of that."""
     model, _ = tiny(vocab=5, depth=1, seed=33)  # a trunk whose responses are of all lengths
     _, heads = tiny(vocab=5, depth=depth, design=design)
-    prompts = [[random.Random(i).randrange(1, 5) for _ in range(1 + i % 6)] for i in range(60)]
+    prompts = [random.Random(i).choices(range(1, 5), k=1 + i % 6) for i in range(60)]
     plain = generate(model, prompts, 1, 10, eos=0, temperature=0)
     optimizer = torch.optim.Adam(heads.parameters(), 0.01)
     for _ in range(50):
@@ -50,7 +50,7 @@ def test_drafts_come_from_the_true_tokens(design, depth, monkeypatch):
     A wrong one would still be lossless, only a worse drafter.
     """
     model, heads, prompts, _ = taught(design, depth)
-    honest_draft, rounds = mtp.draft, []
+    honest_draft, rounds, rounds_of_a_row = mtp.draft, [], 0
 
     def noted_draft(model, heads, caches, tokens, states, n_B, *rest):
         log_q = honest_draft(model, heads, caches, tokens, states, n_B, *rest)
@@ -58,9 +58,7 @@ def test_drafts_come_from_the_true_tokens(design, depth, monkeypatch):
         return log_q
 
     monkeypatch.setattr(mtp, "draft", noted_draft)
-    prompts, rejected = prompts[:8], 0
-    out = speculative_generate(model, heads, prompts, 1, 12, eos=99, temperature=0.7)  # 99: no end
-    rounds_of_a_row, last_n = 0, [len(prompt) for prompt in prompts]
+    out = speculative_generate(model, heads, prompts[:8], 1, 12, eos=99, temperature=0.7)  # 99: no end
     for tokens, n_B, log_q in rounds:
         for b, n in enumerate(n_B):
             if n + 1 < len(prompts[b]) + 12:  # this row still goes on
@@ -70,9 +68,7 @@ def test_drafts_come_from_the_true_tokens(design, depth, monkeypatch):
                 expected = (torch.stack([model.logits(h[0, n - 1]) for h in depths]) / 0.7).log_softmax(-1)
                 torch.testing.assert_close(log_q[b], expected, rtol=0, atol=1e-4)
                 rounds_of_a_row += 1
-                rejected += n > len(prompts[b]) and n - last_n[b] < depth + 1
-        last_n = n_B
-    assert rejected > 10
+    assert (out["draft"] > 0).sum() < rounds_of_a_row * depth - 10  # some drafts were rejected
     metrics = mtp.speculation_metrics(out["mask"], out["draft"], depth)
     assert metrics["spec/accept_len"] == pytest.approx((8 * 12 - 8) / rounds_of_a_row)
 
