@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import importlib.util
@@ -325,7 +326,7 @@ PANELS = [  # title, axis label, value of a record, scale of the axis
 def group_runs(folders):
     """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
     # what is no part of the experiment
-    free = "seed out cache_dir data_dir device save_every keep_every steps".split()
+    free = "seed out cache_dir data_dir device save_every keep steps".split()
     runs = [read_metrics(folder) for folder in folders]
     configs = [{name: x for name, x in header["config"].items() if name not in free} for header, _ in runs]
     differ = [n for n in configs[0] if n != "regime" and any(c.get(n) != configs[0][n] for c in configs)]
@@ -423,6 +424,7 @@ def explain(args):
     params = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.Adam(params, lr=cfg.lr)
     load_weights(read_run(args.run)[1], model, heads, optimizer)
+    heads_at_rollout = copy.deepcopy(heads)
     for part in earlier:  # the updates of the rollout before the last, with λ = 0
         logp, logp_mtp, _ = rl.logprobs(model, heads, part, cfg, door=0.0)
         part = {"old": logp.detach(), "old_mtp": logp_mtp.detach()} | part
@@ -442,7 +444,7 @@ def explain(args):
     released = occ.released_coefficient(
         *occ.token_deltas(logp, mb["old"], logp_mtp, base, mb["mask_mtp"]), scored
     )
-    exact = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg)
+    exact = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
     largest = product.flatten()[product.flatten().abs().topk(min(10, product.numel())).indices]
     path = Path(args.out or Path(args.run) / "explain.png")
     draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, delta_mtp.square(), args.responses)
@@ -497,7 +499,7 @@ def draw_tokens(path, tok, mb, product, square, responses):
 # ----------------------------------------------------------------------------------------------------------------------
 # The reproduction: train every regime on several seeds, then draw figures and write tables from what was logged
 
-SETTING = dict(eval_k=32, probe_every=5, save_every=25)  # all else as in train.py
+SETTING = dict(eval_k=32, probe_every=5, save_every=25, keep="0,25,60,120")  # all else as in train.py
 FAST = dict(task="add,sub", difficulty=1, n_layer=2, pretrain_steps=100, pretrain_batch=64, prompts_per_step=8,
             probe_every=2, eval_every=2, eval_problems=4, eval_k=4, device="cpu")  # fmt: skip
 REPRODUCED = {  # the first is what the others are compared with
@@ -532,7 +534,7 @@ def reproduce(args):
     """
     args.out, start = args.out or "out/reproduce", time.perf_counter()
     steps = args.steps or (10 if args.fast else 250)
-    common = SETTING | dict(steps=steps, keep_every=steps, cache_dir=f"{args.out}/base")
+    common = SETTING | dict(steps=steps, cache_dir=f"{args.out}/base")
     if args.fast:
         common |= FAST
     seeds = range(args.seeds or (2 if args.fast else 5))
@@ -565,7 +567,7 @@ def train_one(flags, threads):
             config, ckpt = read_run(folder)
         except ValueError as error:
             return str(error)
-        for name in set(flags) - {"steps", "keep_every"}:
+        for name in set(flags) - {"steps"}:
             if config.get(name) != flags[name]:
                 return (
                     f"{folder}: a run with --{name} {config.get(name)}, not {flags[name]}: name another --out"

@@ -882,11 +882,12 @@ def summary(updates):
     return record
 
 
-def probe(model, heads, mb, deltas, regime, algo, cfg):
+def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     """The exact terms of one minibatch for the log, whatever the regime, and what each proxy makes of it.
 
     Its two halves, of whole groups, are differentiated apart with open doors, so that products across the halves are
-    known too (occ.split_terms). deltas: (δ_RL, δ_MTP) of the minibatch.
+    known too (occ.split_terms). deltas: (δ_RL, δ_MTP) of the minibatch. With the heads as they were at the rollout,
+    δ_MTP is what the trunk's own movement changes: Δ_MTP of the paper knows no other.
     """
     trunk, G = list(model.parameters()), cfg.num_generations
     groups = len(mb["adv"]) // G
@@ -909,6 +910,11 @@ def probe(model, heads, mb, deltas, regime, algo, cfg):
     terms["lam_hidden"] = occ.hidden_coefficient(
         torch.cat(at_h[::2]), torch.cat(at_h[1::2]), cfg.lam_plus
     ).item()
+    with torch.no_grad():
+        logp, logp_frozen, _ = logprobs(model, heads_at_rollout, mb, cfg)
+    _, delta_frozen = occ.token_deltas(logp, mb["old"], logp_frozen, mb["old_mtp"], mb["mask_mtp"])
+    terms["lam_frozen"] = occ.logprob_coefficient(deltas[0], delta_frozen, cfg.lam_plus).item()
+    terms["v2_frozen"] = occ.inner(delta_frozen, delta_frozen).item()
     if world()[1] == 1:  # a mean over pairs, which processes would cut
         lam_B = occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), cfg.lam_plus)
         terms["lam_released"] = lam_B.mean().item()

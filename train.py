@@ -102,7 +102,7 @@ class Config:
     out: str = ""  # folder of the run; by default out/<task>-<regime>-s<seed>
     cache_dir: str = "out/base"  # pretrained models, by a hash of what determines them
     save_every: int = 50  # steps between checkpoints
-    keep_every: int = 0  # steps between checkpoints that are kept beside ckpt.pt, as ckpt-STEP.pt; 0 is none
+    keep: str = ""  # steps whose checkpoints are kept beside ckpt.pt, as ckpt-STEP.pt: a comma list
     eval_every: int = 25  # steps between evaluations
     eval_problems: int = 32  # held-out problems a suite
     eval_k: int = 8  # samples a problem
@@ -110,7 +110,7 @@ class Config:
     device: str = "auto"  # cuda where there is one, else cpu; or any that torch knows: cuda:1, mps, xpu
 
     def __post_init__(self):
-        may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every keep_every".split()
+        may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every".split()
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
             if choices:
@@ -123,6 +123,7 @@ class Config:
                 self.need(f.name, 0 < value < 2**31, "above 0")
         self.need("careless", self.careless <= 1, "a share from 0 to 1")
         self.need("difficulty", self.difficulty <= 8, "1 to 8")
+        self.need("keep", all(x.isdecimal() for x in self.keep.split(",") if x), "a comma list of steps, as 0,25,60")
         self.need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
         most = self.prompts_per_step
         self.need(
@@ -393,7 +394,7 @@ class Run:
         state["heads"] = heads.state_dict() if heads else None
         if self.metrics:
             save_atomically(state, self.dir / "ckpt.pt")
-            if cfg.keep_every and step % cfg.keep_every == 0:
+            if str(step) in cfg.keep.split(","):
                 save_atomically(state, self.dir / f"ckpt-{step}.pt")
 
     def seconds(self):
@@ -446,6 +447,8 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     """
     regime, algo, clock = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo], Clock()
     trunk, phi = list(model.parameters()), list(heads.parameters()) if heads else []
+    probing = heads is not None and cfg.probe_every > 0 and step % cfg.probe_every == 0
+    heads_at_rollout = copy.deepcopy(heads) if probing else None
 
     # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
     problems = rl.training_problems(cfg, step)
@@ -497,8 +500,8 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         else:
             lam.fill_(occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, trunk))
         clock("coefficient")
-        if heads and mb is minibatches[-1] and cfg.probe_every and step % cfg.probe_every == 0:
-            metrics |= rl.probe(model, heads, mb, deltas, regime, algo, cfg)
+        if probing and mb is minibatches[-1]:
+            metrics |= rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
             clock("probe")
 
         # 6 one backward, one step: the trunk moves along g + λ_t m, the heads along their own gradient
@@ -593,7 +596,8 @@ def main(cfg, resume=False, stop=()):
         run.write({"step": step, "time": run.seconds()} | record)
         bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
         ending = stop_requested(stop)
-        if step % cfg.save_every == 0 or step == cfg.steps or ending:
+        keep = str(step) in cfg.keep.split(",")
+        if step % cfg.save_every == 0 or step == cfg.steps or keep or ending:
             run.save(cfg, step, scores, model, heads, optimizer)
             saved = step
         if ending and step < cfg.steps:

@@ -265,7 +265,7 @@ def test_the_probe_measures_the_whole_and_its_halves():
     model, heads = tiny()
     mb, row, trunk = minibatch(model, heads), occ.REGIMES["policy"], list(model.parameters())
     loss_rl, loss_mtp, (deltas, h) = losses(model, heads, mb, row, 1.0)
-    terms = rl.probe(model, heads, mb, deltas, row, ALGO, CFG)
+    terms = rl.probe(model, heads, mb, deltas, row, ALGO, CFG, heads)
     g, m = occ.flat_grad(loss_rl, trunk), occ.flat_grad(loss_mtp, trunk)
     a, b = (torch.autograd.grad(x, h, retain_graph=True)[0].flatten() for x in (loss_rl, loss_mtp))
     assert terms["occ/c"] == pytest.approx((g @ m).item(), rel=1e-3)

@@ -53,7 +53,7 @@ def fails(capsys, *argv):
 @pytest.mark.parametrize("regime", occ.REGIMES)
 def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "plot", PLOT)
-    cfg = small(regime=regime, mtp_depth=2, keep_every=4)
+    cfg = small(regime=regime, mtp_depth=2, keep="0,4")
     assert train.main(cfg) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("pretraining: ") and lines[1].startswith("reinforcement learning: ")
