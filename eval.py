@@ -3,6 +3,7 @@
     python eval.py score out/arithmetic-occ-s0 --k 32       # avg@k and pass@k with 95 % intervals, as a table
     python eval.py sample out/arithmetic-occ-s0 "47+85="    # completions of a prompt, or of held-out problems
     python eval.py explain out/arithmetic-occ-s0            # δ_RL·δ_MTP and δ_MTP² token by token
+    python eval.py onestep out/arithmetic-occ-s0            # would MTP help this run, and at which λ?
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP
     python eval.py reproduce                                # regimes × seeds, five figures, tables, claims
 
@@ -497,6 +498,197 @@ def draw_tokens(path, tok, mb, product, square, responses):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# One step: what would MTP add to it?
+
+LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+SIZES = [16, 32, 64, 128, 256, 512, 1024]  # responses a minibatch; the paper has 512
+ADAM_EPS = 1e-8
+
+
+def onestep(args):
+    """Whether MTP would help a run, and at which λ: what one step gains, without the noise that g and m share.
+
+    D(λ) = Σ_j E[g_j] E[u_j] / (√E[u_j²] + ε),  u = clip(g + λ m),  is the expected first-order gain of a step of Adam
+    whose second moments have converged: idealised. A plain step of its best length gains <E g, E u>²/(2 L E‖u‖²). Both
+    are given relative to λ = 0. The unit is a minibatch as in training; E[g] E[u] is from products of different ones.
+    """
+    found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
+    path = Path(args.run) / f"onestep-{args.checkpoint}.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain of "
+             "one step over that with λ = 0, in %; ± 95 % by the jackknife over minibatches.", ""]  # fmt: skip
+    head, columns = ["λ"], []
+    for kind in ("policy", "ce"):
+        for step in ("adam", "plain"):
+            head.append(f"m of {kind}, {'Adam' if step == 'adam' else 'plain step'}")
+            columns.append([cell(interval) for interval in found[kind][step]])
+    lines += [*markdown(head, list(zip(LAMS, *columns))), ""]
+    by_size = []
+    for size, policy, ce in zip(SIZES, found["policy"]["sizes"], found["ce"]["sizes"]):
+        by_size.append([size, policy["lam"], cell(policy["gain"]), ce["lam"], cell(ce["gain"])])
+    lines += ["By responses a minibatch, without the clip, Adam: λ chosen on each half of the minibatches and valued on the "
+              "other (the mean of the two)."]  # fmt: skip
+    head = ["responses", "policy: λ", "policy: gain, %", "ce: λ", "ce: gain, %"]
+    lines += [*markdown(head, by_size), ""]
+    for kind in ("policy", "ce"):
+        noise = 100 - 100 * found[kind]["noise_free"][2] / found[kind]["of_a_minibatch"][2]
+        cos = cosine(*found[kind]["noise_free"])
+        lines.append(
+            f"m of {kind}: cosine of E g and E m {cos:.2f}; noise is {noise:.0f} % of ‖m‖² of a minibatch"
+        )
+    noise = 100 - 100 * found["policy"]["noise_free"][0] / found["policy"]["of_a_minibatch"][0]
+    lines.append(f"noise is {noise:.0f} % of ‖g‖² of a minibatch")
+    lines.append(f"Lη of Adam's steps on fresh samples {cell(found['L_eta'], 3)} (of the clipped surrogate)")
+    for kind in ("policy", "ce"):
+        lam, (mean, half) = found[kind]["chosen"]["lam"], found[kind]["chosen"]["gain"]
+        answer = "yes" if mean > half else "no" if mean + half < 1 else "cannot be told"
+        lines.append(f"Would MTP help this run, through m of {kind}? {answer}: at λ = {lam:g}, chosen on one half and valued "
+                     f"on the other, a step gains {cell((mean, half))} %.")  # fmt: skip
+    return lines
+
+
+def measure_step(folder, name, rollouts, device):
+    """What `onestep` prints, as a dict: see there."""
+    cfg, model, heads = load_run(folder, device, f"{name}.pt")
+    if heads is None:
+        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient")
+    cfg.prompts_per_step, cfg.updates_per_rollout = cfg.prompts_per_step // cfg.updates_per_rollout, 1
+    algo, trunk = dataclasses.replace(rl.ALGOS[cfg.algo], kl_coef=0.0), list(model.parameters())
+    optimizer = torch.optim.Adam([*trunk, *heads.parameters()], lr=cfg.lr)
+    load_weights(read_run(folder, f"{name}.pt")[1], model, heads, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    g, m, L_eta, delta = [], {"policy": [], "ce": []}, [], None
+    for i in tqdm(range(rollouts), f"{folder} {name}", disable=None):
+        for mb in minibatches_of_one_rollout(cfg, model, heads, algo, 10**9 + i):  # one, or none
+            logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
+            mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
+            loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+            g.append(occ.flat_grad(loss_rl, trunk))
+            for kind in m:
+                m[kind].append(occ.flat_grad(rl.mtp_loss(kind, logp_mtp, mb, mb["adv"], algo), trunk))
+            before = torch.nn.utils.parameters_to_vector(trunk).detach()
+            if delta is not None:  # the slope along the step that another minibatch chose
+                torch.nn.utils.vector_to_parameters(before - delta, trunk)
+                logp, _, _ = rl.logprobs(model, None, mb, cfg)
+                loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+                g_after = occ.flat_grad(loss_rl, trunk)
+                L_eta.append(curvature(g[-1], g_after, delta, clipped(g[-2])))
+                torch.nn.utils.vector_to_parameters(before.clone(), trunk)
+            optimizer.load_state_dict(state)
+            for p, grad in zip(trunk, clipped(g[-1]).split([p.numel() for p in trunk])):
+                p.grad = grad.view_as(p)
+            optimizer.step()
+            delta = before - torch.nn.utils.parameters_to_vector(trunk).detach()
+            torch.nn.utils.vector_to_parameters(before.clone(), trunk)
+    if len(g) < 8:
+        raise ValueError(
+            f"{folder}: {len(g)} minibatches have a gradient, which are too few; more --rollouts?"
+        )
+    g = torch.stack(g)
+    responses = cfg.prompts_per_step * cfg.num_generations
+    L_eta = torch.tensor(L_eta)
+    found = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
+    found["L_eta"] = (L_eta.mean().item(), 1.96 * L_eta.std().item() / len(L_eta) ** 0.5)
+    for kind in m:
+        m_kind = torch.stack(m[kind])
+        pairs = ((g, g), (g, m_kind), (m_kind, m_kind))
+        found[kind] = {
+            "adam": [relative_gain(g, m_kind, lam, "adam") for lam in LAMS],
+            "plain": [relative_gain(g, m_kind, lam, "plain") for lam in LAMS],
+            "chosen": chosen_on_one_half(g, m_kind),
+            "sizes": [chosen_on_one_half(g, m_kind, size / responses, clip=False) for size in SIZES],
+            "noise_free": [across(a, b) for a, b in pairs],
+            "of_a_minibatch": [(a * b).sum(1).mean().item() for a, b in pairs],
+        }
+    return found
+
+
+def minibatches_of_one_rollout(cfg, model, heads, algo, step):
+    """A rollout as in training, of problems and random numbers of their own, cut into minibatches."""
+    problems, generator = rl.training_problems(cfg, step), torch.Generator().manual_seed(step)
+    batch, _, _ = rl.rollout(model, heads, rl.get_tokenizer(cfg.tokenizer), problems, algo, cfg, generator)
+    adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
+    return rl.minibatches(model, heads, batch, adv_B, algo, cfg)
+
+
+def across(a, b):
+    """Mean of <a_i, b_j> over i ≠ j: of independent estimates, without the noise that a_i and b_i share."""
+    n = len(a)
+    return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / max(n * (n - 1), 1)).item()
+
+
+def cosine(g2, c, v2):
+    """Of estimates of ‖g‖², <g, m> and ‖m‖²; nan where noise has made one of the squares negative."""
+    return c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
+
+
+def curvature(g, g_after, delta, u):
+    """Lη: L = <g - g_after, delta>/‖delta‖² along a step -delta, times η = ‖delta‖/‖u‖, as if it were -η u.
+
+    g and g_after, before and after the step, are of samples that had no part in it: those that chose it fall faster.
+    """
+    return occ.product(g - g_after, delta) / (delta.norm() * u.norm()).item()
+
+
+def clipped(u):
+    """u (..., P) as training clips the gradient: no longer than 1."""
+    return u / u.norm(dim=-1, keepdim=True).clamp(min=1.0)
+
+
+def step_gains(g_NP, u_NP, step="adam", size=1.0, leave_out=True):
+    """Expected first-order gain of a step along u (see `onestep`): of all N minibatches and, if asked, without each one.
+
+    size: of a minibatch, in units of those given, from 1/N to N. Then E[u²] = (E u)² + s²/size, s² the variance.
+    """
+    n, gains = len(g_NP), []
+    sums = g_NP.sum(0), u_NP.sum(0), (g_NP * u_NP).sum(0), u_NP.square().sum(0)
+    for i in (None, *(range(n) if leave_out else ())):
+        k, (g, u, gu, uu) = n, sums
+        if i is not None:
+            k = n - 1
+            g, u, gu, uu = g - g_NP[i], u - u_NP[i], gu - g_NP[i] * u_NP[i], uu - u_NP[i].square()
+        product = (g * u - gu) / (k * (k - 1))  # E[g_j] E[u_j], from products of different minibatches
+        variance = (uu - u.square() / k) / (k - 1)
+        square = ((u / k).square() + variance * (1 / size - 1 / k)).clamp(min=0)
+        if step == "adam":
+            gains.append((product / (square.sqrt() + ADAM_EPS)).sum().item())
+        else:
+            inner = product.sum().item()
+            gains.append(inner * abs(inner) / square.sum().item())  # a step backwards is a loss
+    return gains
+
+
+def relative_gain(g, m, lam, step="adam", size=1.0, clip=True):
+    """(gain of a step along g + λ m over that along g, minus 1, in %; half-width of its 95 % interval, jackknife)."""
+    with_mtp, without = g + lam * m, g
+    if clip:
+        with_mtp, without = clipped(with_mtp), clipped(without)
+    pairs = zip(step_gains(g, with_mtp, step, size), step_gains(g, without, step, size))
+    whole, *left_out = [100 * (a / b - 1) if b else math.nan for a, b in pairs]
+    n, mean = len(left_out), statistics.fmean(left_out)
+    variance = (n - 1) / n * sum((x - mean) ** 2 for x in left_out)
+    return whole, 1.96 * variance**0.5
+
+
+def chosen_on_one_half(g, m, size=1.0, clip=True):
+    """{"lam", "gain"}: the best λ of LAMS by each half of the minibatches, and what it gains in the other; means.
+
+    A λ that is chosen and valued on the same minibatches always looks as if it helped.
+    """
+    lams, gains = [], []
+    for here, there in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        gain_of = {}
+        for lam in LAMS:
+            u = clipped(g[here] + lam * m[here]) if clip else g[here] + lam * m[here]
+            gain_of[lam] = step_gains(g[here], u, "adam", size, leave_out=False)[0]
+        best = max(gain_of, key=gain_of.get)
+        lams.append(best)
+        gains.append(relative_gain(g[there], m[there], best, "adam", size, clip))
+    (mean_a, half_a), (mean_b, half_b) = gains
+    return {"lam": sum(lams) / 2, "gain": ((mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The reproduction: train every regime on several seeds, then draw figures and write tables from what was logged
 
 SETTING = dict(eval_k=32, probe_every=5, save_every=25, keep="0,25,60,120")  # all else as in train.py
@@ -514,11 +706,12 @@ REPRODUCED = {  # the first is what the others are compared with
 }
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
 STATES = [
-    ("detach", "ckpt-0"),
-    ("detach", "ckpt"),
-    ("policy", "ckpt"),
-    ("occ", "ckpt"),
-]  # where noise is measured
+    "ckpt-0",
+    "ckpt-25",
+    "ckpt-60",
+    "ckpt-120",
+    "ckpt",
+]  # where one step is measured, of detach and of occ
 PROXIES = {
     "lam_logprob": "log-probs (paper)",
     "lam_released": "mean of ratios",
@@ -548,9 +741,13 @@ def reproduce(args):
             for line in pool.map(train_one, wave, [threads] * len(wave)):
                 failed += [line] if line else []
                 bar.update()
-    for label, name in tqdm(STATES, "noise of g and m", disable=None):
-        for seed in seeds:
-            measure_noise(Path(f"{args.out}/{label}-s{seed}"), name, 4 if args.fast else 48)
+    measured = [Path(f"{args.out}/{label}-s{seed}") for label in ("detach", "occ") for seed in seeds]
+    states = [(folder, name) for folder in measured for name in STATES if (folder / f"{name}.pt").exists()]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(
+            measure_one, states, [24 if args.fast else 48] * len(states), [threads] * len(states)
+        )
+        failed += [line for line in tqdm(found, "one step", len(states), disable=None) if line]
     draw(Path(args.out), steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
@@ -575,64 +772,25 @@ def train_one(flags, threads):
         if ckpt and ckpt["step"] == flags["steps"]:
             return ""
         arguments = ["--resume", folder, "--steps", str(flags["steps"])]
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+    return run_script(folder, ["train.py", *arguments], threads)
+
+
+def measure_one(state, rollouts, threads):
+    """`onestep` at a checkpoint, in a process of its own, unless that is done. Returns as train_one."""
+    folder, name = state
+    path = folder / f"onestep-{name}.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["rollouts"] == rollouts:
+        return ""
+    arguments = ["eval.py", "onestep", str(folder), f"--checkpoint={name}", f"--rollouts={rollouts}"]
+    return run_script(folder, arguments, threads)
+
+
+def run_script(folder, arguments, threads):
+    script, *flags = arguments
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env)
     return f"{folder}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}" if done.returncode else ""
-
-
-def measure_noise(folder, name, count):
-    """Inner products of g, m of the policy loss and m of cross-entropy, at a checkpoint; written to its folder as JSON.
-
-    The unit is a minibatch of the size that is trained on, each of its own samples. Products of different minibatches
-    are of independent estimates: their mean is <E g, E m>, without bias. Products within one are what training sees.
-    """
-    path = folder / f"noise-{name}.json"
-    if not (folder / f"{name}.pt").exists() or (
-        path.exists() and json.loads(path.read_text(encoding="utf-8"))["count"] == count
-    ):
-        return
-    cfg, model, heads = load_run(folder, torch.device("cpu"), f"{name}.pt")
-    cfg.prompts_per_step, cfg.updates_per_rollout = cfg.prompts_per_step // cfg.updates_per_rollout, 1
-    algo, trunk = dataclasses.replace(rl.ALGOS[cfg.algo], kl_coef=0.0), list(model.parameters())
-    found, grads = {"count": count}, {"g": [], "policy": [], "ce": []}
-    for i in range(count):
-        for mb in minibatches_of_one_rollout(cfg, model, heads, algo, 10**9 + i):  # one, or none
-            logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
-            mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
-            loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
-            grads["g"].append(occ.flat_grad(loss_rl, trunk).double())
-            for kind in ("policy", "ce"):
-                grads[kind].append(
-                    occ.flat_grad(rl.mtp_loss(kind, logp_mtp, mb, mb["adv"], algo), trunk).double()
-                )
-    for kind in ("policy", "ce") if grads["g"] else ():
-        g, m = torch.stack(grads["g"]), torch.stack(grads[kind])
-        pairs = ((g, g), (g, m), (m, m))
-        found[kind] = {
-            "free": [across(a, b) for a, b in pairs],
-            "seen": [(a * b).sum(1).mean().item() for a, b in pairs],
-        }
-    path.write_text(json.dumps(found), encoding="utf-8")
-
-
-def minibatches_of_one_rollout(cfg, model, heads, algo, step):
-    """A rollout as in training, of problems and random numbers of their own, cut into minibatches."""
-    problems, generator = rl.training_problems(cfg, step), torch.Generator().manual_seed(step)
-    batch, _, _ = rl.rollout(model, heads, rl.get_tokenizer(cfg.tokenizer), problems, algo, cfg, generator)
-    adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
-    return rl.minibatches(model, heads, batch, adv_B, algo, cfg)
-
-
-def across(a, b):
-    """Mean of <a_i, b_j> over i ≠ j: of independent estimates, without the noise that a_i and b_i share."""
-    n = len(a)
-    return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / max(n * (n - 1), 1)).item()
-
-
-def cosine(g2, c, v2):
-    """Of estimates of ‖g‖², <g, m> and ‖m‖²; nan where noise has made one of the squares negative."""
-    return c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -840,25 +998,59 @@ def draw_proxies(path, runs):
     save(figure, axes[0], path)
 
 
+def one_step(out, label):
+    """What `onestep` found at STATES of the runs of a regime: {seed: {step: as measure_step}}."""
+    found = {}
+    for path in sorted(out.glob(f"{label}-s*/onestep-*.json")):
+        name, _, seed = path.parent.name.rpartition("-s")
+        step = path.stem.removeprefix("onestep-ckpt").removeprefix("-")
+        step = int(step) if step else read_metrics(path.parent)[1][-1]["step"]
+        found.setdefault(int(seed), {})[step] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def draw_noise(path, out):
-    """Signal and noise of g and m at STATES, a point a seed, from what measure_noise has written."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(15, 5), layout="constrained")
-    states = [(*state, kind) for state in STATES for kind in ("policy", "ce")]
-    for x, (label, name, kind) in enumerate(states):
-        for file in sorted(out.glob(f"{label}-s*/noise-{name}.json")):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            free, seen = found[kind].values() if kind in found else ([math.nan] * 3, [math.nan] * 3)
-            axes[0].plot(x, cosine(*free), "o", color=f"C{x // 2}")
-            axes[0].plot(x, cosine(*seen), "x", color=f"C{x // 2}")
-            axes[1].plot(x, 100 - 100 * free[0] / seen[0], "o", color=f"C{x // 2}")
-            axes[1].plot(x, 100 - 100 * free[2] / seen[2], "s", color=f"C{x // 2}")
-    axes[0].set(title="Cosine of g and m: dots without noise, crosses of minibatches", ylabel="cosine")
-    axes[1].set(title="Noise in a minibatch: dots of ‖g‖², squares of ‖m‖²", ylabel="% that is noise")
+    """What one step says at STATES of detach and of occ: a line is the mean over seeds, its bars 95 % intervals."""
+    figure, axes = pyplot().subplots(1, 3, figsize=(15, 5), layout="constrained")
+    for label, style in (("detach", "--"), ("occ", "-")):
+        seeds = list(one_step(out, label).values())
+        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+        for i, kind in enumerate(("policy", "ce")):
+            cosines = [
+                over_seeds(cosine(*seed[step][kind]["noise_free"]) for seed in seeds) for step in steps
+            ]
+            draw_bars(axes[0], steps, cosines, style, f"C{i}", f"{label}, m of {kind}")
+            for lam, color in ((1.0, f"C{i}"), (0.05, f"C{i + 2}")):
+                at = LAMS.index(lam)
+                gains = [over_seeds(seed[step][kind]["adam"][at][0] for seed in seeds) for step in steps]
+                draw_bars(axes[1], steps, gains, style, color, f"{label}, m of {kind}, λ = {lam:g}")
+            sizes = zip(*(seed[steps[-1]][kind]["sizes"] for seed in seeds))
+            gains = [over_seeds(size["gain"][0] for size in each) for each in sizes]
+            draw_bars(axes[2], SIZES if gains else [], gains, style, f"C{i}", f"{label}, m of {kind}")
+    axes[0].set(title="Cosine of g and m without noise", xlabel="step", ylabel="cosine")
+    axes[1].set(title="Gain of a step of Adam, over λ = 0", xlabel="step", ylabel="%")
+    axes[2].set(
+        title="At the end: best λ, chosen on other samples", xlabel="responses a minibatch", ylabel="%"
+    )
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_xticks(SIZES, SIZES)
+    for size, whose in ((64, "here"), (512, "paper")):
+        axes[2].axvline(size, color="gray", linewidth=0.8, linestyle=":")
+        axes[2].text(size, axes[2].get_ylim()[0], whose, ha="right", rotation=90, fontsize="small")
     for axis in axes:
-        axis.set_xticks(range(len(states)), [f"{label}, {'start' if '0' in name else 'end'},\nm of {kind}"
-                                             for label, name, kind in states], fontsize="x-small")  # fmt: skip
         axis.grid(alpha=0.3)
-    save(figure, axes[0], path)
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=90)
+    pyplot().close(figure)
+
+
+def draw_bars(axis, x, intervals, style, color, label):
+    if x:
+        means, halves = zip(*intervals)
+        axis.errorbar(
+            x, means, halves, linestyle=style, color=color, marker="o", markersize=3, capsize=2, label=label
+        )
 
 
 def write_tables(out, runs):
@@ -963,7 +1155,7 @@ def parse(argv):
                 command.add_argument(f"--{flag}", default=default, help=text + shown, **kind)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = 1 if name in ("jobs", "k", "responses") else 0
+        least = 1 if name in ("jobs", "k", "responses", "rollouts") else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
     for label in args.regimes.split(",") if args.command == "reproduce" else ():
@@ -974,7 +1166,14 @@ def parse(argv):
     return args
 
 
-COMMANDS = {"score": score, "sample": sample, "explain": explain, "plot": plot, "reproduce": reproduce}
+COMMANDS = {
+    "score": score,
+    "sample": sample,
+    "explain": explain,
+    "onestep": onestep,
+    "plot": plot,
+    "reproduce": reproduce,
+}
 FLAGS = {  # default, help, and the commands that have it
     "k": (8, "samples a problem", "score sample"),
     "temperature": (1.0, "of sampling; 0 is greedy", "score sample"),
@@ -985,7 +1184,9 @@ FLAGS = {  # default, help, and the commands that have it
     "max_new_tokens": (0, "longest response; 0: as the run was trained", "score"),
     "data_dir": ("", "folder of data sets; by default the run's own", "score"),
     "seed": (0, "of problems and samples", "score sample explain"),
-    "device": ("cpu", "cpu, or any device that torch knows", "score sample explain"),
+    "device": ("cpu", "cpu, or any device that torch knows", "score sample explain onestep"),
+    "rollouts": (48, "of one minibatch each", "onestep"),
+    "checkpoint": ("ckpt", "file in the run's folder, as ckpt-60 (train.py --keep 60)", "onestep"),
     "responses": (8, "in the picture", "explain"),
     "seeds": (0, "how many: 0 to this - 1; 0: 5, or 2 with --fast", "reproduce"),
     "steps": (0, "length of a run; 0: as train.py", "reproduce"),

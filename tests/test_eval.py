@@ -192,8 +192,9 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     rows = list(csv.DictReader((out / "scores.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["regime"] for row in rows] == ["detach", "occ"] and rows[0]["n"] == "1"
     assert "| H4 | occ − detach, points |" in (out / "claims.md").read_text(encoding="utf-8")
-    found = json.loads((out / "occ-s0" / "noise-ckpt.json").read_text(encoding="utf-8"))
-    assert found["count"] == 4 and len(found["policy"]["free"]) == len(found["ce"]["seen"]) == 3
+    found = json.loads((out / "occ-s0" / "onestep-ckpt.json").read_text(encoding="utf-8"))
+    assert found["rollouts"] == 24 and len(found["policy"]["adam"]) == len(evaluation.LAMS)
+    assert set(evaluation.one_step(out, "detach")[0]) == {0, 4}  # the steps of its checkpoints
     starts = [evaluation.read_metrics(out / f"{label}-s0")[1][0]["eval/score"] for label in ("detach", "occ")]
     assert starts[0] == starts[1] and len(list((out / "base").glob("*.pt"))) == 1  # one base for both
 
