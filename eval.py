@@ -264,7 +264,7 @@ def sample(args):
     batch, texts = samples_of(cfg, model, heads, problems, args, cfg.max_new_tokens)
     lines = []
     if set(suites) & set(rl.SUITES):
-        lines.append("Numbers stand lowest digit first: 47+85= asks for 74 + 58.")
+        lines.append("Numbers stand lowest digit first: 47+85= asks for 74 + 58, and ####231 is right.")
     if args.speculative:
         lines.append("[Brackets] are around drafts of the heads that the trunk accepted.")
         texts = [marked(tok, *row) for row in zip(batch["tokens"][:, 1:], batch["mask"], batch["draft"])]
@@ -431,7 +431,7 @@ def explain(args):
         part = {"old": logp.detach(), "old_mtp": logp_mtp.detach()} | part
         loss = rl.policy_loss(logp, part["old"], part["adv"], part["mask"], part["weight"], algo)
         optimizer.zero_grad()
-        (loss + rl.mtp_loss(regime.heads, logp_mtp, part, part["adv"], algo)).backward()
+        (loss + rl.mtp_loss(regime.heads_loss, logp_mtp, part, part["adv"], algo)).backward()
         torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
         torch.nn.utils.clip_grad_norm_(list(heads.parameters()), 1.0)
         optimizer.step()
@@ -442,9 +442,8 @@ def explain(args):
     scored, product = mb["mask_mtp"].any(1), delta_rl * delta_mtp
     c_hat, v2_hat = product.sum().item(), delta_mtp.square().sum().item()
     base = mb["old"][:, None].expand_as(logp_mtp)
-    released = occ.released_coefficient(
-        *occ.token_deltas(logp, mb["old"], logp_mtp, base, mb["mask_mtp"]), scored
-    )
+    deltas = occ.token_deltas(logp, mb["old"], logp_mtp, base, mb["mask_mtp"])
+    released = occ.released_coefficient(*deltas, scored, occ.RELEASED_LAM_PLUS / cfg.mtp_depth)
     exact = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
     largest = product.flatten()[product.flatten().abs().topk(min(10, product.numel())).indices]
     path = Path(args.out or Path(args.run) / "explain.png")

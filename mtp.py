@@ -81,18 +81,18 @@ def aligned_mask(mask_BT, depth):
     return mask_BT[:, None] & (column >= k[:, None])
 
 
-def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", lam=1.0):
+def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", door=1.0):
     """Log-probs of the masked tokens under the trunk and under each head, aligned (see the top of this file).
 
-    tokens_BT (B, T); mask_BT (B, T-1), True where token t+1 counts. lam stands at the doors (occ.scale_grad): how much
-    of the heads' gradient enters the trunk. heads may be None: then K = 0.
+    tokens_BT (B, T); mask_BT (B, T-1), True where token t+1 counts. door is the λ of occ.scale_grad at the doors:
+    how much of the heads' gradient enters the trunk. heads may be None: then K = 0.
     Returns logp_BT (B, T-1) and logp_BKT (B, K, T-1), both 0 off their masks, and the hidden states h_BTC.
     """
     (B, T), K = tokens_BT.shape, len(heads.heads) if heads else 0
     target_BT, W = tokens_BT[:, 1:], model.lm_head.weight
     with autocast(tokens_BT.device):
         h_BTC = model.hidden(tokens_BT)
-        depths = heads(scale_grad(h_BTC, lam), scale_grad(model.wte(tokens_BT), lam)) if heads else []
+        depths = heads(scale_grad(h_BTC, door), scale_grad(model.wte(tokens_BT), door)) if heads else []
     logp_BT = masked_logp(h_BTC[:, :-1], W, target_BT, mask_BT, temperature, impl)
     if not heads:
         return logp_BT, logp_BT.new_zeros(B, 0, T - 1), h_BTC
@@ -102,7 +102,7 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", lam
     target_BKT = target_BT[:, None].expand(B, K, T - 1)
     mask_BKT = aligned_mask(mask_BT, K)
     logp_BKT = masked_logp(
-        torch.stack(aligned, 1), scale_grad(W, lam), target_BKT, mask_BKT, temperature, impl
+        torch.stack(aligned, 1), scale_grad(W, door), target_BKT, mask_BKT, temperature, impl
     )
     return logp_BT, logp_BKT, h_BTC
 

@@ -11,8 +11,9 @@ OCC follows c/v² without computing g or m. With δ = log π_θ - log π_old on 
 
     λ_t = λ₊ · <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)           the least-squares coefficient of δ_RL on δ_MTP
 
-One mechanism serves every regime. The heads read the trunk through three doors: hidden states, embedding rows and the
-unembedding matrix. At each door `scale_grad` multiplies the gradient that goes on into the trunk by λ.
+One mechanism serves every regime. The heads read the trunk through three doors: hidden states, embedding rows (not in
+the parallel design) and the unembedding matrix. At each door `scale_grad` multiplies the gradient that goes on into the
+trunk by λ: as if the loss of the heads had been multiplied by λ, for the trunk alone.
 
 Dimension key: B sequences · K MTP depth · T positions · N tokens or numbers, flattened
 
@@ -28,10 +29,8 @@ from model import total
 
 
 class Regime(NamedTuple):
-    heads: (
-        str | None
-    )  # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: no heads
-    trunk: str | None  # the loss whose gradient is m, the one that enters the trunk times λ
+    heads_loss: str | None  # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: no heads
+    trunk_loss: str | None  # the loss whose gradient is m, which enters the trunk times λ
     rule: str  # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs · "exact" from g and m
 
 
@@ -107,6 +106,9 @@ def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
     1810.04650), and their gradients there need no backward through the trunk.
     """
     return lam_plus * inner(grad_rl, grad_mtp) / (inner(grad_mtp, grad_mtp) + eps)
+
+
+RELEASED_LAM_PLUS = 0.1  # over the number of heads: λ₊ in the authors' script
 
 
 def released_coefficient(delta_rl_BT, delta_mtp_BT, mask_BT, lam_plus=1.0, eps=1e-8):

@@ -7,7 +7,7 @@
 
 The problems are six suites of arithmetic and data sets in JSONL. In the suites, all numbers are written least
 significant digit first and at a fixed width, as one computes on paper, from the right (Lee et al. 2023, arXiv
-2307.03381): 47 + 85 = 132 is "74+58=####231". Each suite has one place where care is needed, the carry. A careful
+2307.03381): 58 + 67 = 125 is "85+76=####521". Each suite has one place where care is needed, the carry. A careful
 solution never forgets it; a careless one forgets each carry with probability 1/2. A base model pretrained on both has
 the skill but shows it half of the time; RL, which can hardly teach a new skill in minutes, brings it out.
 
@@ -858,11 +858,11 @@ def first_update_metrics(logp_BT, logp_BKT, mb):
     return {"rollout/logp_gap": gap} | {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
 
 
-def update_metrics(logp_BT, logp_BKT, mb, algo, first):
+def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
     """What the forward pass of an update tells of trunk and heads; first: it is the first after the rollout."""
     metrics = first_update_metrics(logp_BT, logp_BKT, mb) if first else {}
     if logp_BKT.size(1):
-        metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], mb["adv"], mb["mask_mtp"], algo)
+        metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], adv_mtp_B, mb["mask_mtp"], algo)
     return metrics | ratio_metrics("actor", logp_BT, mb["old"], mb["adv"], mb["mask"], algo)
 
 
@@ -898,7 +898,7 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
         logp, logp_mtp, h = logprobs(model, heads, half, cfg)
         loss_rl = policy_loss(logp, half["old"], half["adv"], half["mask"], half["weight"], algo)
         loss_rl = loss_rl + algo.kl_coef * kl_to_base(logp, half)
-        losses = [loss_rl, mtp_loss(regime.trunk, logp_mtp, half, half["adv"], algo)]
+        losses = [loss_rl, mtp_loss(regime.trunk_loss, logp_mtp, half, half["adv"], algo)]
         gradients += [occ.flat_grad(loss, trunk) for loss in losses]
         at_h += [torch.autograd.grad(loss, h, retain_graph=True)[0].flatten() for loss in losses]
     g_a, m_a, g_b, m_b = gradients
@@ -916,6 +916,9 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     terms["lam_frozen"] = occ.logprob_coefficient(deltas[0], delta_frozen, cfg.lam_plus).item()
     terms["v2_frozen"] = occ.inner(delta_frozen, delta_frozen).item()
     if world()[1] == 1:  # a mean over pairs, which processes would cut
-        lam_B = occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), cfg.lam_plus)
+        base = mb["old"][:, None].expand_as(mb["old_mtp"])  # the trunk's old log-probs, as in --released
+        _, gap = occ.token_deltas(logp, mb["old"], mb["old_mtp"], base, mb["mask_mtp"])
+        scored, scale = mb["mask_mtp"].any(1), occ.RELEASED_LAM_PLUS / cfg.mtp_depth
+        lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, scored, scale)
         terms["lam_released"] = lam_B.mean().item()
     return {f"occ/{name}": value for name, value in terms.items()}

@@ -140,8 +140,11 @@ class Config:
             "left out: --regime off has no heads",
         )
         self.need("released", not self.released or self.regime == "occ", "left out, or with --regime occ")
+        released = occ.RELEASED_LAM_PLUS / self.mtp_depth
         if self.released:
-            self.lam_plus = 0.1 / self.mtp_depth
+            self.need("lam_plus", self.lam_plus in (1.0, released), "left out with --released, which sets it")
+            self.need("occ_proxy", self.occ_proxy == "logprob", "left out with --released, which has its own")
+            self.lam_plus = released
         why, kind = "", find_device(self.device).type
         if self.logp_impl == "triton":
             why = mtp.why_no_triton(kind, torch.float32)
@@ -464,6 +467,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     updates = []
     for update, mb in enumerate(minibatches):
         # What the doors of the trunk multiply the heads' gradient by: filled in at 5, read in the backward at 6.
+        # Until then it is 1: `exact` and probes need the whole m.
         lam = torch.ones((), device=adv_B.device)
         door = lam
         if regime.rule == "cut":
@@ -482,16 +486,16 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         if cfg.released:
             lam_B = occ.released_coefficient(*deltas, mask_mtp.any(1), cfg.lam_plus)
             adv_mtp = adv_mtp * lam_B
-        metrics = rl.update_metrics(logp, logp_mtp, mb, algo, first=update == 0)
+        metrics = rl.update_metrics(logp, logp_mtp, mb, adv_mtp, algo, first=update == 0)
 
         # 3 policy loss of the trunk
         kl = rl.kl_to_base(logp, mb)
         loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mask, mb["weight"], algo) + algo.kl_coef * kl
         # 4 MTP loss: what enters the trunk, and what the heads learn by (in most regimes the same)
-        loss_mtp = rl.mtp_loss(regime.trunk, logp_mtp, mb, adv_mtp, algo)
+        loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
         loss_heads = loss_mtp
-        if regime.heads != regime.trunk:
-            loss_heads = rl.mtp_loss(regime.heads, logp_mtp, mb, adv_mtp, algo)
+        if regime.heads_loss != regime.trunk_loss:
+            loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
         clock("update")
 
         # 5 coefficient λ_t
@@ -504,7 +508,8 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
             metrics |= rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
             clock("probe")
 
-        # 6 one backward, one step: the trunk moves along g + λ_t m, the heads along their own gradient
+        # 6 one backward (two where the heads learn by another loss), one step: the trunk goes down g + λ_t m, the heads
+        # down their own gradient
         optimizer.zero_grad()
         if loss_heads is loss_mtp:
             (loss_rl + loss_mtp).backward()
@@ -548,7 +553,7 @@ def main(cfg, resume=False, stop=()):
     Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
     run = Run(cfg, resume)
     model, heads = evaluation.build(cfg, device)
-    heads = heads if occ.REGIMES[cfg.regime].heads else None
+    heads = heads if occ.REGIMES[cfg.regime].heads_loss else None
     params = [*model.parameters(), *(heads.parameters() if heads else [])]
     optimizer = torch.optim.Adam(params, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
     ckpt = evaluation.read_run(cfg.out)[1] if resume else None

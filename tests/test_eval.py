@@ -223,4 +223,4 @@ def test_weights_that_do_not_fit_are_refused():
     other, _ = tiny(channels=8)
     with pytest.raises(ValueError, match="do not fit the sizes"):
         evaluation.load_weights({"model": other.state_dict()}, model)
-    assert occ.REGIMES["off"].heads is None
+    assert occ.REGIMES["off"].heads_loss is None

@@ -198,7 +198,7 @@ def losses(model, heads, mb, regime, door, impl="naive"):
     """loss_rl, the loss whose gradient enters the trunk, δ and the hidden states."""
     logp, logp_mtp, h = mtp.logprobs(model, heads, mb["tokens"], mb["mask"], 1.0, impl, door)
     loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], ALGO)
-    loss_mtp = rl.mtp_loss(regime.trunk, logp_mtp, mb, mb["adv"], ALGO)
+    loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], ALGO)
     return loss_rl, loss_mtp, (occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"]), h)
 
 

@@ -138,6 +138,14 @@ def test_the_first_lambda_of_a_rollout_is_exactly_zero_with_bfloat16_too(small, 
     assert cfg.lam_plus == 0.05 and json.loads((Path(cfg.out) / "metrics.jsonl").read_text().splitlines()[0])
 
 
+def test_the_probe_tells_the_lambda_that_released_would_use(small):
+    """In a run with --released it is λ_t itself."""
+    cfg = small(released=True, mtp_depth=2, probe_every=1)
+    train.main(cfg)
+    for record in metrics(cfg)[1:]:
+        assert record["occ/lam_released"] == pytest.approx(record["occ/lam"], rel=1e-4) and record["occ/lam"] != 0
+
+
 def test_released_puts_lambda_inside_the_clip(small, monkeypatch):
     """With λ = 0 neither the trunk nor the heads learn anything by the heads' loss: λ times their advantages."""
     monkeypatch.setattr(occ, "released_coefficient", lambda a, b, mask, lam_plus: torch.zeros(len(mask)))
@@ -449,6 +457,8 @@ def test_wrong_values_are_named(capsys, flag, value, allowed):
 def test_flags_that_do_not_go_together(capsys):
     assert "--speculative True: must be left out" in fails(capsys, "--speculative", "--regime", "off")
     assert "--released True: must be left out" in fails(capsys, "--released", "--regime", "exact")
+    assert "--lam_plus 0.5: must be left out with --released" in fails(capsys, "--released", "--lam_plus", "0.5")
+    assert "--occ_proxy hidden: must be left out" in fails(capsys, "--released", "--occ_proxy", "hidden")
     cfg, again = train.command_line(
         "--num_generations 1 --algo reinforce --task add,mul --tied --lam -0.5".split()
     )
