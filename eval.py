@@ -42,6 +42,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -524,7 +525,7 @@ def onestep(args):
     lines += [*markdown(head, list(zip(LAMS, *columns))), ""]
     by_size = []
     for size, policy, ce in zip(SIZES, found["policy"]["sizes"], found["ce"]["sizes"]):
-        by_size.append([size, policy["lam"], cell(policy["gain"]), ce["lam"], cell(ce["gain"])])
+        by_size.append([size, f"{policy['lam']:g}", cell(policy["gain"]), f"{ce['lam']:g}", cell(ce["gain"])])
     lines += ["By responses a minibatch, without the clip, Adam: λ chosen on each half of the minibatches and valued on the "
               "other (the mean of the two)."]  # fmt: skip
     head = ["responses", "policy: λ", "policy: gain, %", "ce: λ", "ce: gain, %"]
@@ -684,7 +685,7 @@ def chosen_on_one_half(g, m, size=1.0, clip=True):
         lams.append(best)
         gains.append(relative_gain(g[there], m[there], best, "adam", size, clip))
     (mean_a, half_a), (mean_b, half_b) = gains
-    return {"lam": sum(lams) / 2, "gain": ((mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2)}
+    return {"lam": round(sum(lams) / 2, 3), "gain": ((mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -699,10 +700,11 @@ REPRODUCED = {  # the first is what the others are compared with
     "policy": dict(regime="policy"),
     "occ": dict(regime="occ"),
     "exact": dict(regime="exact"),
-    "exact-ce": dict(regime="exact-ce"),
     "policy-0.1": dict(regime="policy", lam=0.1),
     "policy-0.5": dict(regime="policy", lam=0.5),
+    "exact-ce": dict(regime="exact-ce"),
 }
+DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"  # the others take longer than they tell
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
 STATES = [
     "ckpt-0",
@@ -711,6 +713,7 @@ STATES = [
     "ckpt-120",
     "ckpt",
 ]  # where one step is measured, of detach and of occ
+GROWTH = 3.9  # points a unit of ln t: see predicted_difference and .github/RESULTS.md
 PROXIES = {
     "lam_logprob": "log-probs (paper)",
     "lam_released": "mean of ratios",
@@ -845,7 +848,7 @@ def seconds_of_updates(records, name):
 
 
 CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, claimed to lie above, below
-    ("H1", "ce: cosine of g and m", "ce", whole, "occ/cos", None, -0.05, 0.05),
+    ("H1", "cosine of g and m of ce, without noise", "detach", whole, "onestep/cos_ce", None, -0.1, 0.1),
     ("H1", "ce: log2 of v², last third over first", "ce", halvings, "occ/v2", None, -1, math.inf),
     ("H1", "ce − detach, points", "ce", final, "eval/score", "detach", -math.inf, 0),
     ("H2", "policy: c across halves", "policy", whole, "occ/c_split", None, 0, math.inf),
@@ -904,10 +907,15 @@ def finished_runs(out, steps):
     """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps."""
     runs = {}
     for label in REPRODUCED:
+        measured = one_step(out, label)
         for path in sorted(out.glob(f"{label}-s*/metrics.jsonl")):
             records = read_metrics(path.parent)[1]
             if records and records[-1]["step"] == steps:
-                runs.setdefault(label, {})[int(path.parent.name.rpartition("-s")[2])] = records
+                seed = int(path.parent.name.rpartition("-s")[2])
+                for step, found in measured.get(seed, {}).items():
+                    record = next(r for r in records if r["step"] == step)
+                    record["onestep/cos_ce"] = cosine(*found["ce"]["noise_free"])
+                runs.setdefault(label, {})[seed] = records
             else:
                 print(f"left out: {path.parent}: not at step {steps}", file=sys.stderr)
     if not runs:
@@ -1008,6 +1016,39 @@ def one_step(out, label):
     return found
 
 
+def predicted_difference(gains, steps):
+    """Points to `detach`, mean over the last fifth of training, if a regime's steps gain F(t) times those of detach.
+
+    gains: {step: 100 (F - 1)}, in a line between. `detach` scores S(t) = a + GROWTH ln t; a regime has lived
+    τ(t) = ∫ F dt, so it scores S(τ(t)). nan where F is not above 0: no prediction.
+    """
+    factors = 1 + np.interp(range(1, steps + 1), list(gains), list(gains.values())) / 100
+    if factors.min() <= 0:
+        return math.nan
+    lived = factors.cumsum() / range(1, steps + 1)  # τ(t)/t
+    return GROWTH * float(np.log(lived[round(0.8 * steps) - 1 :]).mean())
+
+
+def predictions(out, runs):
+    """Rows of a table: what one step says of whole runs, beside what they did; H7."""
+    rows = []
+    for label, kind, states in (("ce", "ce", "detach"), *((label, "policy", "occ") for label in SWEEP)):
+        at, steps = (
+            LAMS.index(REPRODUCED[label].get("lam", 1.0)),
+            list(runs["detach"].values())[0][-1]["step"],
+        )
+        predicted, measured = {}, {}
+        for seed, found in one_step(out, states).items():
+            gains = {step: found[step][kind]["adam"][at][0] for step in sorted(found)}
+            predicted[seed] = predicted_difference(gains, steps)
+        for seed in set(runs.get(label, {})) & set(runs["detach"]):
+            measured[seed] = final(runs[label][seed]) - final(runs["detach"][seed])
+        gaps = [measured[seed] - predicted[seed] for seed in set(measured) & set(predicted)]
+        intervals = [over_seeds(x) for x in (predicted.values(), measured.values(), gaps)]
+        rows.append([label, len(measured), *map(cell, intervals)])
+    return rows
+
+
 def draw_noise(path, out):
     """What one step says at STATES of detach and of occ: a line is the mean over seeds, its bars 95 % intervals."""
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 5), layout="constrained")
@@ -1066,6 +1107,9 @@ def write_tables(out, runs):
             differences.append([label, len(shared), *(cell(over_seeds(gap)) for gap in gaps)])
     write_table(out / "scores", ["regime", "n", *names], scores)
     write_table(out / "differences", ["regime − detach", "n", *names], differences)
+    if "detach" in runs:
+        head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
+        write_table(out / "predictions", head, predictions(out, runs))
     write_table(
         out / "claims", ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"], judged_claims(runs)
     )
@@ -1189,7 +1233,7 @@ FLAGS = {  # default, help, and the commands that have it
     "responses": (8, "in the picture", "explain"),
     "seeds": (0, "how many: 0 to this - 1; 0: 5, or 2 with --fast", "reproduce"),
     "steps": (0, "length of a run; 0: as train.py", "reproduce"),
-    "regimes": (",".join(REPRODUCED), "which", "reproduce"),
+    "regimes": (DEFAULTS, f"some of {','.join(REPRODUCED)}", "reproduce"),
     "jobs": (os.cpu_count() or 1, "runs at a time", "reproduce"),
     "fast": (False, "tiny runs that show nothing but that all of it works", "reproduce"),
     "out": ("", "picture or folder to write; by default in the run's folder, or out/reproduce", "explain plot reproduce"),

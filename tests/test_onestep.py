@@ -1,6 +1,7 @@
 """What one step gains (eval.py onestep), against closed forms and simulated optimizers."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_the_gain_of_normal_gradients_has_a_closed_form():
 def test_the_gain_is_that_of_a_simulated_adam(lam):
     """torch's Adam on gradients of one distribution, clipped to norm 1: its progress along E g, a step and unit of lr."""
     G, M, lr, steps = torch.randn(20) / 20, torch.randn(20) / 20, 1e-3, 12000
-    scale = torch.logspace(-2, 0, 20)  # coordinates whose noise differs, so that Adam's direction is not that of u
+    scale = torch.logspace(
+        -2, 0, 20
+    )  # coordinates whose noise differs, so that Adam's direction is not that of u
     p = torch.nn.Parameter(torch.zeros(20))
     adam = torch.optim.Adam([p], lr=lr, betas=(0.9, 0.999))
     g, m = G + scale * torch.randn(steps, 20) / 2, M + scale * torch.randn(steps, 20) / 2
@@ -107,6 +110,18 @@ def test_curvature_needs_fresh_samples():
     error = torch.tensor(fresh).std().item() / n**0.5
     assert sum(fresh) / (n - 1) == pytest.approx(eta, abs=4 * error)  # E H is the identity: L = 1
     assert sum(own) / n > eta + 20 * error
+
+
+def test_a_prediction_of_whole_runs():
+    """A step that gains half as much makes τ = t/2, hence b ln ½ points; a step backwards predicts nothing."""
+    b = evaluation.GROWTH
+    assert evaluation.predicted_difference({0: 0.0, 250: 0.0}, 250) == 0
+    assert evaluation.predicted_difference({0: -50.0, 60: -50.0, 250: -50.0}, 250) == pytest.approx(
+        b * math.log(0.5)
+    )
+    late = evaluation.predicted_difference({0: 0.0, 200: 0.0, 201: -50.0, 250: -50.0}, 250)
+    assert b * math.log(0.9) < late < 0  # it has lived 200 + t/2
+    assert math.isnan(evaluation.predicted_difference({0: -120.0, 250: 50.0}, 250))
 
 
 def test_onestep_of_a_run(small, capsys):
