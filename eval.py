@@ -370,17 +370,16 @@ def half_width(values):
     return T_95[min(n - 2, len(T_95) - 1)] * x.std().item() / n**0.5 if n > 1 else math.nan
 
 
-def draw_lines(axis, groups, value, scale="linear", style="-", points=60):
-    """A line a group of runs. Solid lines are in the legend and, on a linear axis, have a 95 % band where n > 1."""
+def draw_lines(axis, groups, value, scale="linear", points=60):
+    """A line a group of runs, on a linear axis with a 95 % band where n > 1."""
     heights = []
     for i, (name, runs) in enumerate(groups.items()):
         steps, mean, half = series(runs, value, points)
         color = f"C{list(REPRODUCED).index(name) if name in REPRODUCED else i}"
-        axis.plot(
-            steps, mean, style, color=color, label=f"{name} (n = {len(runs)})" if style == "-" else None
-        )
-        if style == "-" and scale == "linear":
-            low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+        axis.plot(steps, mean, color=color, label=f"{name} (n = {len(runs)})")
+        if scale == "linear":
+            low = [m - h for m, h in zip(mean, half)]
+            high = [m + h for m, h in zip(mean, half)]
             axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         heights += [abs(y) for y in mean if y]
     if heights and scale == "symlog":
@@ -718,6 +717,7 @@ PROXIES = {
     "lam_logprob": "log-probs (paper)",
     "lam_released": "mean of ratios",
     "lam_hidden": "hidden states",
+    "lam_frozen": "log-probs, frozen heads",
 }
 
 
@@ -851,17 +851,17 @@ CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, c
     ("H1", "cosine of g and m of ce, without noise", "detach", whole, "onestep/cos_ce", None, -0.1, 0.1),
     ("H1", "ce: log2 of v², last third over first", "ce", halvings, "occ/v2", None, -1, math.inf),
     ("H1", "ce − detach, points", "ce", final, "eval/score", "detach", -math.inf, 0),
-    ("H2", "policy: c across halves", "policy", whole, "occ/c_split", None, 0, math.inf),
     (
         "H2",
-        "policy: c across halves, first third − last",
-        "policy",
-        early_minus_late,
-        "occ/c_split",
+        "cosine of g and m of policy, without noise",
+        "occ",
+        whole,
+        "onestep/cos_policy",
         None,
         0,
         math.inf,
     ),
+    ("H2", "the same, early − late", "occ", early_minus_late, "onestep/cos_policy", None, 0, math.inf),
     ("H2", "policy: log2 of v², last third over first", "policy", halvings, "occ/v2", None, -1, math.inf),
     ("H2", "policy: score, middle third − start", "policy", rise, "eval/score", None, 0, math.inf),
     ("H2", "policy: score, middle third − last", "policy", fall, "eval/score", None, 0, math.inf),
@@ -914,7 +914,8 @@ def finished_runs(out, steps):
                 seed = int(path.parent.name.rpartition("-s")[2])
                 for step, found in measured.get(seed, {}).items():
                     record = next(r for r in records if r["step"] == step)
-                    record["onestep/cos_ce"] = cosine(*found["ce"]["noise_free"])
+                    for kind in ("policy", "ce"):
+                        record[f"onestep/cos_{kind}"] = cosine(*found[kind]["noise_free"])
                 runs.setdefault(label, {})[seed] = records
             else:
                 print(f"left out: {path.parent}: not at step {steps}", file=sys.stderr)
@@ -928,20 +929,19 @@ def draw(out, steps):
     runs = finished_runs(out, steps)
     groups = {label: list(seeds.values()) for label, seeds in runs.items()}
     draw_curves(out / "1-scores.png", [
-        (groups, "Held-out score", "avg@k, points of 100", logged("eval/score"), "linear", None),
-        (gaps_to_detach(runs), "Difference to detach, seed by seed", "points of 100", logged("gap"), "linear", None),
+        (groups, "Held-out score", "avg@k, points of 100", logged("eval/score"), "linear"),
+        (gaps_to_detach(runs), "Difference to detach, seed by seed", "points of 100", logged("gap"), "linear"),
     ], points=60)  # fmt: skip
     few = {label: groups[label] for label in ("ce", "policy", "occ") if label in groups}
     draw_curves(out / "2-terms.png", [
-        (few, "c of a minibatch, dashed across its halves", "c_t", logged("occ/c"), "symlog", logged("occ/c_split")),
-        (few, "v² of a minibatch, dashed across its halves", "v_t²", logged("occ/v2"), "log", logged("occ/v2_split")),
-        (few, "Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", logged("occ/cos"), "linear", None),
+        (few, "First-order correlation of a minibatch", "c_t", logged("occ/c"), "symlog"),
+        (few, "Second-order penalty of a minibatch", "v_t²", logged("occ/v2"), "log"),
+        (few, "Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", logged("occ/cos"), "linear"),
     ])  # fmt: skip
     few = {label: groups[label] for label in ("ce", "policy", "occ", "exact") if label in groups}
     draw_curves(out / "3-decomposition.png", [
-        (few, "First order, dashed with c across halves", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog",
-         lambda r: r["occ/lam"] * r["occ/c_split"] if "occ/c_split" in r else None),
-        (few, "Second order", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog", None),
+        (few, "First-order term of a minibatch", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog"),
+        (few, "Second-order term of a minibatch", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
     ])  # fmt: skip
     draw_proxies(out / "4-proxies.png", groups.get("occ", []))
     draw_noise(out / "5-noise.png", out)
@@ -949,15 +949,13 @@ def draw(out, steps):
 
 
 def draw_curves(path, panels, points=12):
-    """A panel for each (groups, title, label, value, scale, value of a dashed line or None), side by side.
+    """A panel for each (groups, title, label, value, scale), side by side.
 
     By default steps are averaged in 12 blocks: probes are noisy.
     """
     figure, axes = pyplot().subplots(1, len(panels), figsize=(15, 5), layout="constrained")
-    for axis, (groups, title, label, value, scale, dashed) in zip(axes, panels):
-        draw_lines(axis, groups, value, scale, points=points)
-        if dashed:
-            draw_lines(axis, groups, dashed, scale, "--", points)
+    for axis, (groups, title, label, value, scale) in zip(axes, panels):
+        draw_lines(axis, groups, value, scale, points)
         axis.set(title=title, xlabel="step", ylabel=label)
     save(figure, axes[0], path)
 

@@ -29,7 +29,9 @@ from model import total
 
 
 class Regime(NamedTuple):
-    heads_loss: str | None  # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: no heads
+    heads_loss: (
+        str | None
+    )  # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: no heads
     trunk_loss: str | None  # the loss whose gradient is m, which enters the trunk times λ
     rule: str  # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs · "exact" from g and m
 
@@ -166,20 +168,6 @@ def exact_terms(g, m, lam_plus=1.0):
     c, v2, g2 = product(g, m), product(m, m), product(g, g)
     cos = c / (g2 * v2) ** 0.5 if g2 * v2 > 0 else 0.0
     return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_star": lam_plus * c / v2 if v2 > 0 else 0.0}
-
-
-def split_terms(g_a, m_a, g_b, m_b, part=0.5):
-    """c, v² and ‖g‖² without the noise that g and m share because they come from the same samples.
-
-    The arguments are the contributions of two parts of a minibatch, g = g_a + g_b, the first being `part` of it. Products
-    across the parts are of independent estimates: the mean of <g_a, m_b> is part (1 - part) <E g, E m>.
-    """
-    across = part * (1 - part)
-    return {
-        "c_split": (product(g_a, m_b) + product(g_b, m_a)) / (2 * across),
-        "v2_split": product(m_a, m_b) / across,
-        "g2_split": product(g_a, g_b) / across,
-    }
 
 
 def coefficient(rule, cfg, deltas, losses, h_BTC, trunk):

@@ -885,40 +885,27 @@ def summary(updates):
 def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     """The exact terms of one minibatch for the log, whatever the regime, and what each proxy makes of it.
 
-    Its two halves, of whole groups, are differentiated apart with open doors, so that products across the halves are
-    known too (occ.split_terms). deltas: (δ_RL, δ_MTP) of the minibatch. With the heads as they were at the rollout,
-    δ_MTP is what the trunk's own movement changes: Δ_MTP of the paper knows no other.
+    deltas: (δ_RL, δ_MTP) of the minibatch. With the heads as they were at the rollout, δ_MTP is what the trunk's own
+    movement changes: Δ_MTP of the paper knows no other.
     """
-    trunk, G = list(model.parameters()), cfg.num_generations
-    groups = len(mb["adv"]) // G
-    first = (groups + world()[0] % 2) // 2 * G  # rows of the first half; an odd group goes to either in turn
-    gradients, at_h = [], []
-    for rows in (slice(0, first), slice(first, None)):
-        half = {k: x[rows] for k, x in mb.items()}
-        logp, logp_mtp, h = logprobs(model, heads, half, cfg)
-        loss_rl = policy_loss(logp, half["old"], half["adv"], half["mask"], half["weight"], algo)
-        loss_rl = loss_rl + algo.kl_coef * kl_to_base(logp, half)
-        losses = [loss_rl, mtp_loss(regime.trunk_loss, logp_mtp, half, half["adv"], algo)]
-        gradients += [occ.flat_grad(loss, trunk) for loss in losses]
-        at_h += [torch.autograd.grad(loss, h, retain_graph=True)[0].flatten() for loss in losses]
-    g_a, m_a, g_b, m_b = gradients
-    terms = occ.exact_terms(g_a + g_b, m_a + m_b, cfg.lam_plus)
-    rows, rows_a = total(torch.tensor([len(mb["adv"]), first])).tolist()
-    if 0 < rows_a < rows:
-        terms |= occ.split_terms(g_a, m_a, g_b, m_b, rows_a / rows)
+    logp, logp_mtp, h = logprobs(model, heads, mb, cfg)  # the doors open
+    loss_rl = policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+    loss_rl = loss_rl + algo.kl_coef * kl_to_base(logp, mb)
+    losses = [loss_rl, mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)]
+    g, m = [occ.flat_grad(loss, list(model.parameters())) for loss in losses]
+    terms = occ.exact_terms(g, m, cfg.lam_plus)
     terms["lam_logprob"] = occ.logprob_coefficient(*deltas, cfg.lam_plus).item()
-    terms["lam_hidden"] = occ.hidden_coefficient(
-        torch.cat(at_h[::2]), torch.cat(at_h[1::2]), cfg.lam_plus
-    ).item()
+    at_h = [torch.autograd.grad(loss, h, retain_graph=True)[0] for loss in losses]
+    terms["lam_hidden"] = occ.hidden_coefficient(*at_h, cfg.lam_plus).item()
     with torch.no_grad():
-        logp, logp_frozen, _ = logprobs(model, heads_at_rollout, mb, cfg)
+        _, logp_frozen, _ = logprobs(model, heads_at_rollout, mb, cfg)
     _, delta_frozen = occ.token_deltas(logp, mb["old"], logp_frozen, mb["old_mtp"], mb["mask_mtp"])
     terms["lam_frozen"] = occ.logprob_coefficient(deltas[0], delta_frozen, cfg.lam_plus).item()
     terms["v2_frozen"] = occ.inner(delta_frozen, delta_frozen).item()
     if world()[1] == 1:  # a mean over pairs, which processes would cut
         base = mb["old"][:, None].expand_as(mb["old_mtp"])  # the trunk's old log-probs, as in --released
         _, gap = occ.token_deltas(logp, mb["old"], mb["old_mtp"], base, mb["mask_mtp"])
-        scored, scale = mb["mask_mtp"].any(1), occ.RELEASED_LAM_PLUS / cfg.mtp_depth
+        scored, scale = mb["mask_mtp"].any(1), occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
         lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, scored, scale)
         terms["lam_released"] = lam_B.mean().item()
     return {f"occ/{name}": value for name, value in terms.items()}

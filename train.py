@@ -123,7 +123,9 @@ class Config:
                 self.need(f.name, 0 < value < 2**31, "above 0")
         self.need("careless", self.careless <= 1, "a share from 0 to 1")
         self.need("difficulty", self.difficulty <= 8, "1 to 8")
-        self.need("keep", all(x.isdecimal() for x in self.keep.split(",") if x), "a comma list of steps, as 0,25,60")
+        self.need(
+            "keep", all(x.isdecimal() for x in self.keep.split(",") if x), "a comma list of steps, as 0,25,60"
+        )
         self.need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
         most = self.prompts_per_step
         self.need(
