@@ -15,7 +15,7 @@ are one line, with a 95 % band (Student's t) over seeds.
 What train.py needs too is here: reading a run, curves, and the command line's manners (a mistake is one line on stderr,
 exit code 2).
 
-Dimension key: B sequences · P prompts · G samples a prompt · T positions
+Dimension key: B sequences · P prompts or parameters · G samples a prompt · T positions · N minibatches
 """
 
 import os
@@ -26,7 +26,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import copy
-import csv
 import dataclasses
 import importlib.util
 import inspect
@@ -52,20 +51,11 @@ import rl
 from model import GPT, GPTConfig, find_device
 
 VERSION = 2  # of the run folder's format
-# what ckpt.pt holds besides its version
-CHECKPOINT = "step steps seconds scores model heads optimizer".split()
-T_95 = [
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-]  # Student's t at 97.5 %, 1..10 degrees of freedom
+CHECKPOINT = (
+    "step steps seconds scores model heads optimizer".split()
+)  # what ckpt.pt holds besides its version
+# Student's t at 97.5 %, 1 to 10 degrees of freedom
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,9 +90,6 @@ def read_metrics(folder):
         ) from None
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
-    for i, record in enumerate(records[1:], 2):
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{i}: not the record of a step")
     return records[0], records[1:]
 
 
@@ -186,15 +173,14 @@ def samples_of(cfg, model, heads, problems, args, max_new_tokens):
     """The batches of args.k samples of each problem, about 512 rows at a time, and their texts."""
     if args.speculative and heads is None:
         raise ValueError(f"--speculative: {args.run} has no heads to draft with")
+    drafting = heads if args.speculative else None
     tok, generator = rl.get_tokenizer(cfg.tokenizer), torch.Generator().manual_seed(args.seed)
     batches, texts, chunk = [], [], max(512 // args.k, 1)
-    for start in range(0, len(problems), chunk):
-        part, heads_or_none = problems[start : start + chunk], heads if args.speculative else None
-        batch, some = rl.sample(
-            model, tok, part, args.k, max_new_tokens, args.temperature, generator, heads_or_none
-        )
-        batches.append(batch)
-        texts += some
+    for i in range(0, len(problems), chunk):
+        part = problems[i : i + chunk]
+        out = rl.sample(model, tok, part, args.k, max_new_tokens, args.temperature, generator, drafting)
+        batches.append(out[0])
+        texts += out[1]
     return rl.concatenate(batches), texts
 
 
@@ -205,15 +191,17 @@ def score(args):
     what the run has seen.
     """
     cfg, model, heads = load_run(args.run, find_device(args.device))
-    trained = rl.suites_of(cfg.task, cfg.data_dir)
-    suites = rl.suites_of(args.suite, args.data_dir or cfg.data_dir, scoring=True) if args.suite else trained
+    suites = trained = rl.suites_of(cfg.task, cfg.data_dir)
     if args.suite:
+        suites = rl.suites_of(args.suite, args.data_dir or cfg.data_dir, scoring=True)
         rl.check_apart(trained, suites)
-    tok, new = rl.get_tokenizer(cfg.tokenizer), args.max_new_tokens or cfg.max_new_tokens
-    if new >= model.cfg.block_size:
-        raise ValueError(
-            f"--max_new_tokens {new}: must be below {model.cfg.block_size}, the positions that the model has"
-        )
+    tok, new, room = (
+        rl.get_tokenizer(cfg.tokenizer),
+        args.max_new_tokens or cfg.max_new_tokens,
+        model.cfg.block_size,
+    )
+    if new >= room:
+        raise ValueError(f"--max_new_tokens {new}: must be below {room}, the positions that the model has")
     shown = sorted({args.k // 4, args.k} - {0, 1})  # not 1: pass@1 is avg@k
     rows, columns, lines = [], [], []
     for suite in tqdm(suites, "suites", disable=None):
@@ -222,16 +210,15 @@ def score(args):
         else:
             problems = rl.held_out_problems(suite, cfg.difficulty, args.problems or 64)
         batch, texts = samples_of(cfg, model, heads, problems, args, new)
-        cut = sum(len(tok.encode_ordinary(p.prompt)) + new > model.cfg.block_size for p in problems)
+        cut = sum(len(tok.encode_ordinary(p.prompt)) + new > room for p in problems)
         if cut:
-            lines.append(f"{rl.label(suite)}: {cut} prompts are longer than the {model.cfg.block_size - new} tokens that the "
-                         "model has positions for; only their ends were read")  # fmt: skip
+            lines.append(f"{rl.label(suite)}: {cut} prompts are longer than the {room - new} tokens that the model has "
+                         "positions for; only their ends were read")  # fmt: skip
         right = batch["reward"].bool().tolist()
         if importlib.util.find_spec("math_verify"):
             golds = [problem.answer for problem in problems for _ in range(args.k)]
-            right = [
-                r or equal_by_algebra(gold, rl.extract_answer(t)) for r, gold, t in zip(right, golds, texts)
-            ]
+            for i, (gold, text) in enumerate(zip(golds, texts)):
+                right[i] = right[i] or equal_by_algebra(gold, rl.extract_answer(text))
         counts = [sum(right[i : i + args.k]) for i in range(0, len(right), args.k)]
         column = [[100 * c / args.k for c in counts]]
         column += [[100 * pass_at_k(args.k, c, j) for c in counts] for j in shown]
@@ -239,13 +226,12 @@ def score(args):
         rows.append([rl.label(suite), len(problems), *(cell(interval(values)) for values in column)])
         if args.speculative:
             drafted = mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
-            lines.append(
-                ", ".join([rl.label(suite), *(f"{name} {value:.2f}" for name, value in drafted.items())])
-            )
+            figures = [f"{name} {value:.2f}" for name, value in drafted.items()]
+            lines.append(", ".join([rl.label(suite), *figures]))
     overall = []
     for values in zip(*columns):  # each suite counts alike; the interval combines theirs
         means, halves = zip(*map(interval, values))
-        overall.append(cell((sum(means) / len(means), math.hypot(*halves) / len(halves))))
+        overall.append(cell((statistics.fmean(means), math.hypot(*halves) / len(halves))))
     rows.append(["all", sum(row[1] for row in rows), *overall])
     if set(map(rl.label, suites)) & set(rl.COMPETITION):
         lines.append("Competition problems are far beyond a small model trained from scratch: a score near zero is what to "
@@ -256,10 +242,9 @@ def score(args):
 def sample(args):
     """Completions to read, as lines: of a prompt, or of held-out problems with their reward."""
     cfg, model, heads = load_run(args.run, find_device(args.device))
-    tok, suites = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir)
-    problems = [
-        p for suite in suites for p in rl.held_out_problems(suite, cfg.difficulty, args.problems or 2)
-    ]
+    tok, suites, problems = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir), []
+    for suite in suites:
+        problems += rl.held_out_problems(suite, cfg.difficulty, args.problems or 2)
     if args.prompt:
         problems = [rl.Problem("", args.prompt, "")]
     batch, texts = samples_of(cfg, model, heads, problems, args, cfg.max_new_tokens)
@@ -299,6 +284,12 @@ def pyplot():
     return matplotlib.pyplot
 
 
+def save(figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot().close(figure)
+
+
 def first_order(record):
     """λ c, the first-order term of Δ_MTP in units of η (1 - Lη)."""
     return record["occ/lam"] * record["occ/c"] if "occ/c" in record else None
@@ -323,54 +314,53 @@ PANELS = [  # title, axis label, value of a record, scale of the axis
     ("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
     ("MTP head 1 as a drafter", "share of tokens accepted", logged("mtp/agreement_1"), "linear"),
 ]
+NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep steps".split())
 
 
 def group_runs(folders):
     """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
-    # what is no part of the experiment
-    free = "seed out cache_dir data_dir device save_every keep steps".split()
     runs = [read_metrics(folder) for folder in folders]
-    configs = [{name: x for name, x in header["config"].items() if name not in free} for header, _ in runs]
-    differ = [n for n in configs[0] if n != "regime" and any(c.get(n) != configs[0][n] for c in configs)]
+    differ = []
+    for name, value in runs[0][0]["config"].items():
+        same = all(header["config"].get(name) == value for header, _ in runs)
+        if name != "regime" and name not in NOT_THE_EXPERIMENT and not same:
+            differ.append(name)
     groups, seen = {}, set()
-    for folder, cfg, (header, records) in zip(folders, configs, runs):
+    for folder, (header, records) in zip(folders, runs):
+        cfg, seed = header["config"], header["seed"]
         label = " ".join([cfg["regime"], *(f"{name}={cfg.get(name)}" for name in differ)])
         if not records:
             raise ValueError(f"{folder}: nothing logged yet")
-        if (label, header["seed"]) in seen:
+        if (label, seed) in seen:
             raise ValueError(
-                f"{folder}: seed {header['seed']} of '{label}' is there already; a band needs different seeds"
+                f"{folder}: seed {seed} of '{label}' is there already; a band needs different seeds"
             )
-        seen.add((label, header["seed"]))
+        seen.add((label, seed))
         groups.setdefault(label, []).append(records)
     return groups
 
 
-def series(runs, value, points=60):
+def series(runs, value, points):
     """Steps that every run has, mean and half-width of the 95 % band (nan for one run) of value(record) over runs.
 
     More than `points` steps are averaged in blocks, run by run, so that the band is that of the block's mean.
     """
-    tables = [{r["step"]: y for r in records if (y := value(r)) is not None} for records in runs]
-    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-    y = torch.tensor([[table[s] for s in steps] for table in tables], dtype=torch.float64)
-    if len(steps) > points:
-        size = -(-len(steps) // points)
-        y = torch.stack([block.mean(1) for block in y.split(size, dim=1)], dim=1)
-        steps = [block.mean().item() for block in torch.tensor(steps, dtype=torch.float64).split(size)]
+    tables = [{r["step"]: value(r) for r in records if value(r) is not None} for records in runs]
+    steps = sorted(set.intersection(*map(set, tables))) if tables else []
     if not steps:
         return [], [], []
-    band = [half_width(column) for column in y.T]
-    return steps, y.mean(0).tolist(), band
+    blocks = np.array_split(np.array(steps), min(points, len(steps)))
+    y = np.array([[np.mean([table[s] for s in block]) for block in blocks] for table in tables])
+    return [block.mean() for block in blocks], y.mean(0).tolist(), [half_width(column) for column in y.T]
 
 
 def half_width(values):
     """Of the 95 % interval (Student's t) of a mean of a few numbers; nan for one."""
-    x, n = torch.as_tensor(values, dtype=torch.float64), len(values)
-    return T_95[min(n - 2, len(T_95) - 1)] * x.std().item() / n**0.5 if n > 1 else math.nan
+    n = len(values)
+    return T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(values) / n**0.5 if n > 1 else math.nan
 
 
-def draw_lines(axis, groups, value, scale="linear", points=60):
+def draw_lines(axis, groups, value, scale, points):
     """A line a group of runs, on a linear axis with a 95 % band where n > 1."""
     heights = []
     for i, (name, runs) in enumerate(groups.items()):
@@ -378,8 +368,7 @@ def draw_lines(axis, groups, value, scale="linear", points=60):
         color = f"C{list(REPRODUCED).index(name) if name in REPRODUCED else i}"
         axis.plot(steps, mean, color=color, label=f"{name} (n = {len(runs)})")
         if scale == "linear":
-            low = [m - h for m, h in zip(mean, half)]
-            high = [m + h for m, h in zip(mean, half)]
+            low, high = np.subtract(mean, half), np.add(mean, half)
             axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         heights += [abs(y) for y in mean if y]
     if heights and scale == "symlog":
@@ -389,20 +378,62 @@ def draw_lines(axis, groups, value, scale="linear", points=60):
     axis.grid(alpha=0.3)
 
 
+def draw_panels(path, panels, rows=1, points=12):
+    """A panel for each (groups, title, label, value, scale). By default in 12 blocks of steps: probes are noisy."""
+    columns = len(panels) // rows
+    size = (4.5 * columns, 8) if rows > 1 else (15, 5)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained")
+    for axis, (groups, title, label, value, scale) in zip(axes.flat, panels):
+        draw_lines(axis, groups, value, scale, points)
+        axis.set(title=title, xlabel="step", ylabel=label)
+    if panels[0][0]:
+        axes.flat[0].legend(fontsize="small")
+    save(figure, path)
+
+
 def plot(folders, path):
     """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
-    plt, groups = pyplot(), group_runs(folders)
-    figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
-    for axis, (title, label, value, scale) in zip(axes.flat, PANELS):
-        draw_lines(axis, groups, value, scale)
-        axis.set(title=title, xlabel="step", ylabel=label)
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    groups = group_runs(folders)
+    draw_panels(path, [(groups, *panel) for panel in PANELS], rows=2, points=60)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where λ_t comes from
+# After a few updates of one rollout: where λ_t comes from
+
+
+def last_update(cfg, model, heads, optimizer, seed):
+    """A rollout from a run's state and its updates but the last, with λ = 0, as in train.step_of_rl.
+
+    Returns (the last minibatch, the heads as at the rollout), or None if there was only one: then every δ is 0.
+    """
+    regime, algo = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo]
+    problems, generator = rl.training_problems(cfg, seed), torch.Generator().manual_seed(seed)
+    tok, heads_at_rollout = rl.get_tokenizer(cfg.tokenizer), copy.deepcopy(heads)
+    batch, _, _ = rl.rollout(model, heads, tok, problems, algo, cfg, generator)
+    adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
+    minibatches = rl.minibatches(model, heads, batch, adv_B, algo, cfg)
+    for mb in minibatches[:-1]:
+        logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg, door=0.0)
+        mb.setdefault("old", logp.detach())
+        mb.setdefault("old_mtp", logp_mtp.detach())
+        loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+        optimizer.zero_grad()
+        (loss_rl + rl.mtp_loss(regime.heads_loss, logp_mtp, mb, mb["adv"], algo)).backward()
+        torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
+        torch.nn.utils.clip_grad_norm_(list(heads.parameters()), 1.0)
+        optimizer.step()
+    return (minibatches[-1], heads_at_rollout) if len(minibatches) > 1 else None
+
+
+def load_to_measure(folder, device, name="ckpt.pt"):
+    """Of a run with heads: config, (trunk, heads, optimizer), and the checkpoint whose weights they have."""
+    cfg, model, heads = load_run(folder, device, name)
+    if heads is None:
+        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
+    optimizer = torch.optim.Adam([*model.parameters(), *heads.parameters()], lr=cfg.lr)
+    _, ckpt = read_run(folder, name)
+    load_weights(ckpt, model, heads, optimizer)
+    return cfg, (model, heads, optimizer), ckpt
 
 
 def explain(args):
@@ -410,75 +441,54 @@ def explain(args):
 
     Returns lines, and writes a picture: δ_RL·δ_MTP and δ_MTP² as colours under the text of a few responses.
     """
-    cfg, model, heads = load_run(args.run, find_device(args.device))
-    if heads is None:
-        raise ValueError(f"{args.run}: regime off has no heads and no lambda")
+    cfg, (model, heads, optimizer), _ = load_to_measure(args.run, find_device(args.device))
     if cfg.updates_per_rollout == 1:
         raise ValueError(f"{args.run}: with one update a rollout every δ is 0, and so is lambda")
-    regime, algo = occ.REGIMES[cfg.regime], dataclasses.replace(rl.ALGOS[cfg.algo], kl_coef=0.0)
-    parts = minibatches_of_one_rollout(cfg, model, heads, algo, 10**9 + args.seed)
-    if len(parts) < 2:
+    last = last_update(cfg, model, heads, optimizer, 10**9 + args.seed)
+    if last is None:
         raise ValueError(
             f"{args.run}: too few prompts have both right and wrong samples here; try another --seed"
         )
-    *earlier, mb = parts
-    params = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.Adam(params, lr=cfg.lr)
-    load_weights(read_run(args.run)[1], model, heads, optimizer)
-    heads_at_rollout = copy.deepcopy(heads)
-    for part in earlier:  # the updates of the rollout before the last, with λ = 0
-        logp, logp_mtp, _ = rl.logprobs(model, heads, part, cfg, door=0.0)
-        part = {"old": logp.detach(), "old_mtp": logp_mtp.detach()} | part
-        loss = rl.policy_loss(logp, part["old"], part["adv"], part["mask"], part["weight"], algo)
-        optimizer.zero_grad()
-        (loss + rl.mtp_loss(regime.heads_loss, logp_mtp, part, part["adv"], algo)).backward()
-        torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
-        torch.nn.utils.clip_grad_norm_(list(heads.parameters()), 1.0)
-        optimizer.step()
-
+    mb, heads_at_rollout = last
     with torch.no_grad():
         logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     delta_rl, delta_mtp = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-    scored, product = mb["mask_mtp"].any(1), delta_rl * delta_mtp
+    product, scored = delta_rl * delta_mtp, mb["mask_mtp"].any(1)
     c_hat, v2_hat = product.sum().item(), delta_mtp.square().sum().item()
-    base = mb["old"][:, None].expand_as(logp_mtp)
-    deltas = occ.token_deltas(logp, mb["old"], logp_mtp, base, mb["mask_mtp"])
-    released = occ.released_coefficient(*deltas, scored, occ.RELEASED_LAM_PLUS / cfg.mtp_depth)
-    exact = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
+    regime, algo = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo]
+    found, _, _ = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
+    c, v2, cos = found["occ/c"], found["occ/v2"], found["occ/cos"]
     largest = product.flatten()[product.flatten().abs().topk(min(10, product.numel())).indices]
+    share = 100 * largest.sum().item() / c_hat if c_hat else 0.0
     path = Path(args.out or Path(args.run) / "explain.png")
     draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, delta_mtp.square(), args.responses)
     return [
-        f"The last of {len(earlier) + 1} updates of one rollout: {int(scored.sum())} tokens.",
+        f"The last update of one rollout: {int(scored.sum())} tokens.",
         f"ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}",
         f"λ, ratio of sums (paper):             {c_hat / (v2_hat + 1e-8):8.4f}",
-        f"λ, mean of ratios (released code):    {released.mean().item():8.4f}   pairs of responses: "
-        f"{released.min().item():.3g} to {released.max().item():.3g}",
-        f"λ, exact gradients, c/v²:             {exact['occ/c'] / max(exact['occ/v2'], 1e-30):8.4f}   "
-        f"c = {exact['occ/c']:.4g}, v² = {exact['occ/v2']:.4g}, cosine {exact['occ/cos']:.3f}",
-        f"The ten most influential tokens make {100 * largest.sum().item() / c_hat if c_hat else 0:.0f} % of ĉ.",
+        f"λ, mean of ratios (released code):    {found['occ/lam_released']:8.4f}",
+        f"λ, exact gradients, c/v²:             {c / max(v2, 1e-30):8.4f}   c = {c:.4g}, v² = {v2:.4g}, cosine {cos:.3f}",
+        f"The ten most influential tokens make {share:.0f} % of ĉ.",
         str(path),
     ]
 
 
 def draw_tokens(path, tok, mb, product, square, responses):
     """Colours under the text of a few different responses: those with the largest |δ_RL·δ_MTP|."""
-    order, rows, seen = product.abs().sum(1).argsort(descending=True).tolist(), [], set()
-    for row in order:
-        if tuple(mb["tokens"][row].tolist()) not in seen and len(rows) < responses:
-            seen.add(tuple(mb["tokens"][row].tolist()))
+    rows, seen = [], set()
+    for row in product.abs().sum(1).argsort(descending=True).tolist():
+        text = tuple(mb["tokens"][row].tolist())
+        if text not in seen and len(rows) < responses:
             rows.append(row)
+        seen.add(text)
     width, labels = int(mb["mask"].sum(1).max()), []
-    figure, axes = pyplot().subplots(
-        1, 2, figsize=(1.2 * width + 4, 0.45 * len(rows) + 1.5), layout="constrained"
-    )
+    size = (1.2 * width + 4, 0.45 * len(rows) + 1.5)
+    figure, axes = pyplot().subplots(1, 2, figsize=size, layout="constrained")
     for row in rows:
         prompt = mb["tokens"][row, : 1 + int(mb["mask"][row].int().argmax())].tolist()
         labels.append(tok.decode(prompt).strip()[-24:].replace("$", r"\$"))
-    for axis, values, title, colors in (
-        (axes[0], product, "δ_RL · δ_MTP", "RdBu"),
-        (axes[1], square, "δ_MTP²", "Greens"),
-    ):
+    panels = ((axes[0], product, "δ_RL · δ_MTP", "RdBu"), (axes[1], square, "δ_MTP²", "Greens"))
+    for axis, values, title, colors in panels:
         grid = torch.full((len(rows), width), math.nan)
         for i, row in enumerate(rows):
             mask, tokens = mb["mask"][row], mb["tokens"][row, 1:]
@@ -487,29 +497,38 @@ def draw_tokens(path, tok, mb, product, square, responses):
                 text = "END" if token == tok.eot_token else repr(tok.decode([token]))[1:-1]
                 axis.text(j, i, text.replace("$", r"\$"), ha="center", va="center", fontsize=9)
         top = float(grid.nan_to_num(0).abs().max()) or 1.0
-        image = axis.imshow(
-            grid.numpy(), colors, vmin=-top if colors == "RdBu" else 0, vmax=top, aspect="auto", alpha=0.7
-        )
+        bottom = -top if values is product else 0
+        image = axis.imshow(grid.numpy(), colors, vmin=bottom, vmax=top, aspect="auto", alpha=0.7)
         axis.set_yticks(range(len(rows)), labels)
         axis.set(title=title, xlabel="token of the response")
         figure.colorbar(image, ax=axis)
-    save(figure, axes[0], path)
+    save(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One step: what would MTP add to it?
 
 LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch; the paper has 512
+SIZES = [16, 32, 64, 128, 256, 512, 1024]  # responses a minibatch; the paper has 512
 ADAM_EPS = 1e-8
+HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the minibatches
+PROXIES = {  # of λ: a key of rl.probe, and its name
+    "lam_logprob": "log-probs (paper)",
+    "lam_released": "mean of ratios",
+    "lam_hidden": "hidden states",
+    "lam_frozen": "log-probs, frozen heads",
+    "lam_star": "exact c/v²",
+}
+CONSTANTS = {"0": 0.0, "0.05": 0.05, "0.1": 0.1}
 
 
 def onestep(args):
     """Whether MTP would help a run, and at which λ: what one step gains, without the noise that g and m share.
 
     D(λ) = Σ_j E[g_j] E[u_j] / (√E[u_j²] + ε),  u = clip(g + λ m),  is the expected first-order gain of a step of Adam
-    whose second moments have converged: idealised. A plain step of its best length gains <E g, E u>²/(2 L E‖u‖²). Both
-    are given relative to λ = 0. The unit is a minibatch as in training; E[g] E[u] is from products of different ones.
+    whose second moments have converged: idealised. "own" has the optimizer's moments instead. A plain step of its best
+    length gains <E g, E u>²/(2 L E‖u‖²). All are given relative to λ = 0. The unit is a minibatch as in training, after
+    one real update of its rollout; E[g] E[u] is from products of different ones.
     """
     found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
@@ -518,25 +537,31 @@ def onestep(args):
              "one step over that with λ = 0, in %; ± 95 % by the jackknife over minibatches.", ""]  # fmt: skip
     head, columns = ["λ"], []
     for kind in ("policy", "ce"):
-        for step in ("adam", "plain"):
-            head.append(f"m of {kind}, {'Adam' if step == 'adam' else 'plain step'}")
-            columns.append([cell(interval) for interval in found[kind][step]])
+        for step in ("adam", "own", "plain"):
+            if found[kind][step]:
+                head.append(f"m of {kind}, {step}")
+                columns.append([cell(gain) for gain in found[kind][step]])
     lines += [*markdown(head, list(zip(LAMS, *columns))), ""]
-    by_size = []
+
+    lines.append("By responses a minibatch, adam without the clip: the best λ by each half of the minibatches, and what it "
+                 "gains in the other, in % (means of the two).")  # fmt: skip
+    rows = []
     for size, policy, ce in zip(SIZES, found["policy"]["sizes"], found["ce"]["sizes"]):
-        by_size.append([size, f"{policy['lam']:g}", cell(policy["gain"]), f"{ce['lam']:g}", cell(ce["gain"])])
-    lines += ["By responses a minibatch, without the clip, Adam: λ chosen on each half of the minibatches and valued on the "
-              "other (the mean of the two)."]  # fmt: skip
-    head = ["responses", "policy: λ", "policy: gain, %", "ce: λ", "ce: gain, %"]
-    lines += [*markdown(head, by_size), ""]
+        rows.append([size, policy["lam"], cell(policy["gain"]), ce["lam"], cell(ce["gain"])])
+    lines += [*markdown(["responses", "policy: λ", "policy: gain", "ce: λ", "ce: gain"], rows), ""]
+
+    lines.append("Adam along g_i + λ_i m_i, λ_i of each minibatch by a proxy: mean of λ_i, gain over λ = 0, and regret, what "
+                 "is lost against the best constant λ by the other half; in %.")  # fmt: skip
+    rows = []
+    for name, each in found["proxies"].items():
+        title = PROXIES.get(name, f"constant {name}")
+        rows.append([title, f"{each['lam']:.3f}", cell(each["gain"]), cell(each["regret"])])
+    lines += [*markdown(["λ", "mean", "gain", "regret"], rows), ""]
+
     for kind in ("policy", "ce"):
-        noise = 100 - 100 * found[kind]["noise_free"][2] / found[kind]["of_a_minibatch"][2]
-        cos = cosine(*found[kind]["noise_free"])
-        lines.append(
-            f"m of {kind}: cosine of E g and E m {cos:.2f}; noise is {noise:.0f} % of ‖m‖² of a minibatch"
-        )
-    noise = 100 - 100 * found["policy"]["noise_free"][0] / found["policy"]["of_a_minibatch"][0]
-    lines.append(f"noise is {noise:.0f} % of ‖g‖² of a minibatch")
+        free, seen = found[kind]["noise_free"], found[kind]["of_a_minibatch"]
+        lines.append(f"m of {kind}: cosine of E g and E m {cosine(*free):.2f}; of a minibatch's ‖g‖² "
+                     f"{100 - 100 * free[0] / seen[0]:.0f} % and ‖m‖² {100 - 100 * free[2] / seen[2]:.0f} % is noise")  # fmt: skip
     lines.append(f"Lη of Adam's steps on fresh samples {cell(found['L_eta'], 3)} (of the clipped surrogate)")
     for kind in ("policy", "ce"):
         lam, (mean, half) = found[kind]["chosen"]["lam"], found[kind]["chosen"]["gain"]
@@ -548,66 +573,71 @@ def onestep(args):
 
 def measure_step(folder, name, rollouts, device):
     """What `onestep` prints, as a dict: see there."""
-    cfg, model, heads = load_run(folder, device, f"{name}.pt")
-    if heads is None:
-        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient")
-    cfg.prompts_per_step, cfg.updates_per_rollout = cfg.prompts_per_step // cfg.updates_per_rollout, 1
-    algo, trunk = dataclasses.replace(rl.ALGOS[cfg.algo], kl_coef=0.0), list(model.parameters())
-    optimizer = torch.optim.Adam([*trunk, *heads.parameters()], lr=cfg.lr)
-    load_weights(read_run(folder, f"{name}.pt")[1], model, heads, optimizer)
-    state = copy.deepcopy(optimizer.state_dict())
-    g, m, L_eta, delta = [], {"policy": [], "ce": []}, [], None
+    cfg, (model, heads, optimizer), ckpt = load_to_measure(folder, device, f"{name}.pt")
+    cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
+    cfg.updates_per_rollout, algo, trunk = 2, rl.ALGOS[cfg.algo], list(model.parameters())
+    theta = torch.nn.utils.parameters_to_vector(trunk).detach()
+    g, m_policy, m_ce, L_eta, lams = [], [], [], [], {key: [] for key in PROXIES}
     for i in tqdm(range(rollouts), f"{folder} {name}", disable=None):
-        for mb in minibatches_of_one_rollout(cfg, model, heads, algo, 10**9 + i):  # one, or none
-            logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
-            mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
-            loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
-            g.append(occ.flat_grad(loss_rl, trunk))
-            for kind in m:
-                m[kind].append(occ.flat_grad(rl.mtp_loss(kind, logp_mtp, mb, mb["adv"], algo), trunk))
-            before = torch.nn.utils.parameters_to_vector(trunk).detach()
-            if delta is not None:  # the slope along the step that another minibatch chose
-                torch.nn.utils.vector_to_parameters(before - delta, trunk)
-                logp, _, _ = rl.logprobs(model, None, mb, cfg)
-                loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
-                g_after = occ.flat_grad(loss_rl, trunk)
-                L_eta.append(curvature(g[-1], g_after, delta, clipped(g[-2])))
-                torch.nn.utils.vector_to_parameters(before.clone(), trunk)
-            optimizer.load_state_dict(state)
-            for p, grad in zip(trunk, clipped(g[-1]).split([p.numel() for p in trunk])):
-                p.grad = grad.view_as(p)
-            optimizer.step()
-            delta = before - torch.nn.utils.parameters_to_vector(trunk).detach()
-            torch.nn.utils.vector_to_parameters(before.clone(), trunk)
+        load_weights(ckpt, model, heads, optimizer)
+        last = last_update(cfg, model, heads, optimizer, 10**9 + i)
+        if last is None:  # too few prompts with both right and wrong samples
+            continue
+        mb, heads_at_rollout = last
+        u = torch.cat([p.grad.flatten() for p in trunk])
+        delta = theta - torch.nn.utils.parameters_to_vector(trunk).detach()
+        logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
+        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
+        m_ce.append(occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk))
+        regime = occ.REGIMES["occ"]
+        found, g_after, m = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
+        g.append(g_after)
+        m_policy.append(m)
+        for key in lams:
+            lams[key].append(found[f"occ/{key}"])
+        load_weights(ckpt, model)  # the same samples before the update, in which they had no part
+        logp, _, _ = rl.logprobs(model, None, mb, cfg)
+        loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+        L_eta.append(curvature(occ.flat_grad(loss_rl, trunk), g_after, delta, u))
     if len(g) < 8:
         raise ValueError(
             f"{folder}: {len(g)} minibatches have a gradient, which are too few; more --rollouts?"
         )
-    g = torch.stack(g)
-    responses = cfg.prompts_per_step * cfg.num_generations
-    L_eta = torch.tensor(L_eta)
-    found = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
-    found["L_eta"] = (L_eta.mean().item(), 1.96 * L_eta.std().item() / len(L_eta) ** 0.5)
-    for kind in m:
-        m_kind = torch.stack(m[kind])
-        pairs = ((g, g), (g, m_kind), (m_kind, m_kind))
-        found[kind] = {
-            "adam": [relative_gain(g, m_kind, lam, "adam") for lam in LAMS],
-            "plain": [relative_gain(g, m_kind, lam, "plain") for lam in LAMS],
-            "chosen": chosen_on_one_half(g, m_kind),
-            "sizes": [chosen_on_one_half(g, m_kind, size / responses, clip=False) for size in SIZES],
+    g, m_of, L_eta = (
+        torch.stack(g),
+        {"policy": torch.stack(m_policy), "ce": torch.stack(m_ce)},
+        torch.tensor(L_eta),
+    )
+    responses = cfg.prompts_per_step * cfg.num_generations // 2
+    measured = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
+    measured["L_eta"] = (L_eta.mean().item(), 1.96 * L_eta.std().item() / len(L_eta) ** 0.5)
+    moments = own_moments(optimizer, trunk)
+    for kind, m in m_of.items():
+        pairs = ((g, g), (g, m), (m, m))
+        measured[kind] = {
+            "adam": gain_by_lam(g, m, "adam"),
+            "own": gain_by_lam(g, m, moments) if moments is not None else [],
+            "plain": gain_by_lam(g, m, "plain"),
+            "chosen": chosen_on_one_half(g, m),
+            "sizes": [chosen_on_one_half(g, m, size / responses, clip=False) for size in SIZES],
             "noise_free": [across(a, b) for a, b in pairs],
             "of_a_minibatch": [(a * b).sum(1).mean().item() for a, b in pairs],
         }
-    return found
+    lams |= {name: [lam] * len(g) for name, lam in CONSTANTS.items()}
+    measured["proxies"] = {}
+    for name, values in lams.items():
+        measured["proxies"][name] = value_of_a_proxy(g, m_of["policy"], torch.tensor(values))
+    return measured
 
 
-def minibatches_of_one_rollout(cfg, model, heads, algo, step):
-    """A rollout as in training, of problems and random numbers of their own, cut into minibatches."""
-    problems, generator = rl.training_problems(cfg, step), torch.Generator().manual_seed(step)
-    batch, _, _ = rl.rollout(model, heads, rl.get_tokenizer(cfg.tokenizer), problems, algo, cfg, generator)
-    adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
-    return rl.minibatches(model, heads, batch, adv_B, algo, cfg)
+def own_moments(optimizer, trunk):
+    """Adam's own second moments of the trunk, without their bias, as one vector; None before its first step."""
+    states = [optimizer.state[p] for p in trunk]
+    if not all(states):
+        return None
+    beta2 = optimizer.param_groups[0]["betas"][1]
+    moments = torch.cat([state["exp_avg_sq"].flatten() for state in states])
+    return moments / (1 - beta2 ** float(states[0]["step"]))
 
 
 def across(a, b):
@@ -637,7 +667,8 @@ def clipped(u):
 def step_gains(g_NP, u_NP, step="adam", size=1.0, leave_out=True):
     """Expected first-order gain of a step along u (see `onestep`): of all N minibatches and, if asked, without each one.
 
-    size: of a minibatch, in units of those given, from 1/N to N. Then E[u²] = (E u)² + s²/size, s² the variance.
+    step: "adam", "plain", or Adam's own second moments (P,). size: of a minibatch, in units of those given, from 1/N to
+    N. Then E[u²] = (E u)² + s²/size, s² the variance.
     """
     n, gains = len(g_NP), []
     sums = g_NP.sum(0), u_NP.sum(0), (g_NP * u_NP).sum(0), u_NP.square().sum(0)
@@ -649,42 +680,74 @@ def step_gains(g_NP, u_NP, step="adam", size=1.0, leave_out=True):
         product = (g * u - gu) / (k * (k - 1))  # E[g_j] E[u_j], from products of different minibatches
         variance = (uu - u.square() / k) / (k - 1)
         square = ((u / k).square() + variance * (1 / size - 1 / k)).clamp(min=0)
-        if step == "adam":
-            gains.append((product / (square.sqrt() + ADAM_EPS)).sum().item())
-        else:
+        if step == "plain":
             inner = product.sum().item()
             gains.append(inner * abs(inner) / square.sum().item())  # a step backwards is a loss
+        else:
+            square = square if step == "adam" else step
+            gains.append((product / (square.sqrt() + ADAM_EPS)).sum().item())
     return gains
 
 
-def relative_gain(g, m, lam, step="adam", size=1.0, clip=True):
-    """(gain of a step along g + λ m over that along g, minus 1, in %; half-width of its 95 % interval, jackknife)."""
-    with_mtp, without = g + lam * m, g
-    if clip:
-        with_mtp, without = clipped(with_mtp), clipped(without)
-    pairs = zip(step_gains(g, with_mtp, step, size), step_gains(g, without, step, size))
-    whole, *left_out = [100 * (a / b - 1) if b else math.nan for a, b in pairs]
+def relative_gain(gains, gains_0):
+    """(the first over the second, minus 1, in %; half-width of its 95 % interval, jackknife) of two `step_gains`."""
+    ratios = [100 * (a / b - 1) if b else math.nan for a, b in zip(gains, gains_0)]
+    left_out = ratios[1:]
     n, mean = len(left_out), statistics.fmean(left_out)
     variance = (n - 1) / n * sum((x - mean) ** 2 for x in left_out)
-    return whole, 1.96 * variance**0.5
+    return ratios[0], 1.96 * variance**0.5
+
+
+def gain_by_lam(g, m, step):
+    """Of each λ of LAMS: the gain over λ = 0 of a step along g + λ m, clipped."""
+    at_0 = step_gains(g, clipped(g), step)
+    return [relative_gain(step_gains(g, clipped(g + lam * m), step), at_0) for lam in LAMS]
+
+
+def best_lam(g, m, size=1.0, clip=True):
+    """The λ of LAMS along whose g + λ m a step of Adam gains most."""
+    gains = []
+    for lam in LAMS:
+        u = g + lam * m
+        gains += step_gains(g, clipped(u) if clip else u, "adam", size, leave_out=False)
+    return LAMS[gains.index(max(gains))]
+
+
+def mean_of_two(gains):
+    """Of two independent (mean, half-width)."""
+    (mean_a, half_a), (mean_b, half_b) = gains
+    return (mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2
 
 
 def chosen_on_one_half(g, m, size=1.0, clip=True):
-    """{"lam", "gain"}: the best λ of LAMS by each half of the minibatches, and what it gains in the other; means.
+    """{"lam", "gain"}: the best λ by each half of the minibatches, and what it gains in the other; means.
 
     A λ that is chosen and valued on the same minibatches always looks as if it helped.
     """
     lams, gains = [], []
-    for here, there in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        gain_of = {}
-        for lam in LAMS:
-            u = clipped(g[here] + lam * m[here]) if clip else g[here] + lam * m[here]
-            gain_of[lam] = step_gains(g[here], u, "adam", size, leave_out=False)[0]
-        best = max(gain_of, key=gain_of.get)
-        lams.append(best)
-        gains.append(relative_gain(g[there], m[there], best, "adam", size, clip))
-    (mean_a, half_a), (mean_b, half_b) = gains
-    return {"lam": round(sum(lams) / 2, 3), "gain": ((mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2)}
+    for here, there in (HALVES, HALVES[::-1]):
+        lam = best_lam(g[here], m[here], size, clip)
+        u_0, u = g[there], g[there] + lam * m[there]
+        if clip:
+            u_0, u = clipped(u_0), clipped(u)
+        lams.append(lam)
+        gains_0 = step_gains(g[there], u_0, "adam", size)
+        gains.append(relative_gain(step_gains(g[there], u, "adam", size), gains_0))
+    return {"lam": round(sum(lams) / 2, 3), "gain": mean_of_two(gains)}
+
+
+def value_of_a_proxy(g, m, lam_N):
+    """Of steps of Adam along g_i + λ_i m_i: mean of λ_i, gain over λ = 0, and regret against the best constant λ.
+
+    That λ is the best by one half of the minibatches, the regret that of the other half; means.
+    """
+    u, regrets = clipped(g + lam_N[:, None] * m), []
+    for here, there in (HALVES, HALVES[::-1]):
+        u_best = clipped(g + best_lam(g[here], m[here]) * m)
+        mean, half = relative_gain(step_gains(g[there], u[there]), step_gains(g[there], u_best[there]))
+        regrets.append((-mean, half))
+    gain = relative_gain(step_gains(g, u), step_gains(g, clipped(g)))
+    return {"lam": lam_N.mean().item(), "gain": gain, "regret": mean_of_two(regrets)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,20 +768,8 @@ REPRODUCED = {  # the first is what the others are compared with
 }
 DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"  # the others take longer than they tell
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
-STATES = [
-    "ckpt-0",
-    "ckpt-25",
-    "ckpt-60",
-    "ckpt-120",
-    "ckpt",
-]  # where one step is measured, of detach and of occ
+STATES = "ckpt-0 ckpt-25 ckpt-60 ckpt-120 ckpt".split()  # of detach and of occ, where one step is measured
 GROWTH = 3.6  # points a unit of ln t, fitted to detach on seeds 100 and 101: see predicted_difference
-PROXIES = {
-    "lam_logprob": "log-probs (paper)",
-    "lam_released": "mean of ratios",
-    "lam_hidden": "hidden states",
-    "lam_frozen": "log-probs, frozen heads",
-}
 
 
 def reproduce(args):
@@ -727,34 +778,35 @@ def reproduce(args):
     All regimes of a seed start from the same pretrained weights. Finished runs are not repeated, unfinished ones go on;
     one that breaks down is named, and the others are drawn without it. The claims are CLAIMS; `verdict` decides.
     """
-    args.out, start = args.out or "out/reproduce", time.perf_counter()
-    steps = args.steps or (10 if args.fast else 250)
-    common = SETTING | dict(steps=steps, cache_dir=f"{args.out}/base")
-    if args.fast:
-        common |= FAST
-    seeds = range(args.seeds or (2 if args.fast else 5))
-    plan = [common | REPRODUCED[label] | dict(seed=seed, out=f"{args.out}/{label}-s{seed}")
-            for label in args.regimes.split(",") for seed in seeds]  # fmt: skip
+    out, start = Path(args.out or "out/reproduce"), time.perf_counter()
+    steps, rollouts = args.steps or (10 if args.fast else 250), 24 if args.fast else 48
+    common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
+    seeds, plan = range(args.seeds or (2 if args.fast else 5)), []
+    for label in args.regimes.split(","):
+        plan += [common | REPRODUCED[label] | dict(seed=s, out=f"{out}/{label}-s{s}") for s in seeds]
     threads, failed = max((os.cpu_count() or 1) // args.jobs, 1), []
     bar = tqdm(total=len(plan), desc="runs", disable=None)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        # The first run of a seed pretrains for the others.
-        for wave in (plan[: len(seeds)], plan[len(seeds) :]):
+        for wave in (
+            plan[: len(seeds)],
+            plan[len(seeds) :],
+        ):  # the first run of a seed pretrains for the others
             for line in pool.map(train_one, wave, [threads] * len(wave)):
-                failed += [line] if line else []
+                failed.append(line)
                 bar.update()
-    measured = [Path(f"{args.out}/{label}-s{seed}") for label in ("detach", "occ") for seed in seeds]
-    states = [(folder, name) for folder in measured for name in STATES if (folder / f"{name}.pt").exists()]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        found = pool.map(
-            measure_one, states, [24 if args.fast else 48] * len(states), [threads] * len(states)
-        )
-        failed += [line for line in tqdm(found, "one step", len(states), disable=None) if line]
-    draw(Path(args.out), steps)
+        states = [
+            (out / f"{label}-s{s}", name) for label in ("detach", "occ") for s in seeds for name in STATES
+        ]
+        found = pool.map(measure_one, states, [rollouts] * len(states), [threads] * len(states))
+        failed += tqdm(found, "one step", len(states), disable=None)
+    failed = [line for line in failed if line]
+    draw(out, steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    print(f"{len(plan) - len(failed)} of {len(plan)} runs in {(time.perf_counter() - start) / 60:.1f} minutes; "
-          f"figures and tables are in {args.out}")  # fmt: skip
+    minutes = (time.perf_counter() - start) / 60
+    print(
+        f"{len(plan)} runs in {minutes:.1f} minutes, {len(failed)} failures; figures and tables are in {out}"
+    )
     return 1 if failed else 0
 
 
@@ -778,9 +830,11 @@ def train_one(flags, threads):
 
 
 def measure_one(state, rollouts, threads):
-    """`onestep` at a checkpoint, in a process of its own, unless that is done. Returns as train_one."""
+    """`onestep` at a checkpoint, in a process of its own, unless that is done or not to be had. Returns as train_one."""
     folder, name = state
     path = folder / f"onestep-{name}.json"
+    if not (folder / f"{name}.pt").exists():
+        return ""
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["rollouts"] == rollouts:
         return ""
     arguments = ["eval.py", "onestep", str(folder), f"--checkpoint={name}", f"--rollouts={rollouts}"]
@@ -788,9 +842,9 @@ def measure_one(state, rollouts, threads):
 
 
 def run_script(folder, arguments, threads):
-    script, *flags = arguments
+    script = Path(__file__).with_name(arguments[0])
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    command = [sys.executable, str(script), *arguments[1:]]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env)
     return f"{folder}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}" if done.returncode else ""
 
@@ -848,28 +902,20 @@ def seconds_of_updates(records, name):
     return statistics.median(seconds) if seconds else math.nan
 
 
+ANY = math.inf
 CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, claimed to lie above, below
     ("H1", "cosine of g and m of ce, without noise", "detach", whole, "onestep/cos_ce", None, -0.1, 0.1),
-    ("H1", "ce: log2 of v², last third over first", "ce", halvings, "occ/v2", None, -1, math.inf),
-    ("H1", "ce − detach, points", "ce", final, "eval/score", "detach", -math.inf, 0),
-    (
-        "H2",
-        "cosine of g and m of policy, without noise",
-        "occ",
-        whole,
-        "onestep/cos_policy",
-        None,
-        0,
-        math.inf,
-    ),
-    ("H2", "the same, early − late", "occ", early_minus_late, "onestep/cos_policy", None, 0, math.inf),
-    ("H2", "policy: log2 of v², last third over first", "policy", halvings, "occ/v2", None, -1, math.inf),
-    ("H2", "policy: score, middle third − start", "policy", rise, "eval/score", None, 0, math.inf),
-    ("H2", "policy: score, middle third − last", "policy", fall, "eval/score", None, 0, math.inf),
-    ("H3", "occ: λ_t, first third − last", "occ", early_minus_late, "occ/lam", None, 0, math.inf),
-    ("H4", "occ − detach, points", "occ", final, "eval/score", "detach", 0, math.inf),
-    ("H5", "seconds of updates, occ − 1.02 detach", "occ", seconds_of_updates, "", "detach", -math.inf, 0),
-    *[("H6", f"occ − {label}, points", "occ", final, "eval/score", label, 0, math.inf) for label in SWEEP],
+    ("H1", "ce: log2 of v², last third over first", "ce", halvings, "occ/v2", None, -1, ANY),
+    ("H1", "ce − detach, points", "ce", final, "eval/score", "detach", -ANY, 0),
+    ("H2", "cosine of g and m of policy, without noise", "occ", whole, "onestep/cos_policy", None, 0, ANY),
+    ("H2", "the same, early − late", "occ", early_minus_late, "onestep/cos_policy", None, 0, ANY),
+    ("H2", "policy: log2 of v², last third over first", "policy", halvings, "occ/v2", None, -1, ANY),
+    ("H2", "policy: score, middle third − start", "policy", rise, "eval/score", None, 0, ANY),
+    ("H2", "policy: score, middle third − last", "policy", fall, "eval/score", None, 0, ANY),
+    ("H3", "occ: λ_t, first third − last", "occ", early_minus_late, "occ/lam", None, 0, ANY),
+    ("H4", "occ − detach, points", "occ", final, "eval/score", "detach", 0, ANY),
+    ("H5", "seconds of updates, occ − 1.02 detach", "occ", seconds_of_updates, "", "detach", -ANY, 0),
+    *[("H6", f"occ − {label}, points", "occ", final, "eval/score", label, 0, ANY) for label in SWEEP],
 ]
 
 
@@ -892,124 +938,19 @@ def judged_claims(runs):
             others = {seed: statistic(records, key) for seed, records in runs.get(other, {}).items()}
             values = {seed: values[seed] - factor * others[seed] for seed in values if seed in others}
         mean, half = over_seeds(values.values())
-        claimed = f"above {above:g}" if below == math.inf else f"below {below:g}"
-        claimed = f"{above:g} to {below:g}" if math.isfinite(above) and math.isfinite(below) else claimed
-        rows.append(
-            [claim, quantity, cell((mean, half), 3), len(values), claimed, verdict(mean, half, above, below)]
-        )
+        judged = verdict(mean, half, above, below)
+        rows.append([claim, quantity, cell((mean, half), 3), len(values), f"{above:g} to {below:g}", judged])
     return rows
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures and tables of the reproduction
-
-
-def finished_runs(out, steps):
-    """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps."""
-    runs = {}
-    for label in REPRODUCED:
-        measured = one_step(out, label)
-        for path in sorted(out.glob(f"{label}-s*/metrics.jsonl")):
-            records = read_metrics(path.parent)[1]
-            if records and records[-1]["step"] == steps:
-                seed = int(path.parent.name.rpartition("-s")[2])
-                for step, found in measured.get(seed, {}).items():
-                    record = next(r for r in records if r["step"] == step)
-                    for kind in ("policy", "ce"):
-                        record[f"onestep/cos_{kind}"] = cosine(*found[kind]["noise_free"])
-                runs.setdefault(label, {})[seed] = records
-            else:
-                print(f"left out: {path.parent}: not at step {steps}", file=sys.stderr)
-    if not runs:
-        raise ValueError(f"{out}: no finished run to draw")
-    return runs
-
-
-def draw(out, steps):
-    """Every figure and every table, from the runs that lie in `out`."""
-    runs = finished_runs(out, steps)
-    groups = {label: list(seeds.values()) for label, seeds in runs.items()}
-    draw_curves(out / "1-scores.png", [
-        (groups, "Held-out score", "avg@k, points of 100", logged("eval/score"), "linear"),
-        (gaps_to_detach(runs), "Difference to detach, seed by seed", "points of 100", logged("gap"), "linear"),
-    ], points=60)  # fmt: skip
-    few = {label: groups[label] for label in ("ce", "policy", "occ") if label in groups}
-    draw_curves(out / "2-terms.png", [
-        (few, "First-order correlation of a minibatch", "c_t", logged("occ/c"), "symlog"),
-        (few, "Second-order penalty of a minibatch", "v_t²", logged("occ/v2"), "log"),
-        (few, "Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", logged("occ/cos"), "linear"),
-    ])  # fmt: skip
-    few = {label: groups[label] for label in ("ce", "policy", "occ", "exact") if label in groups}
-    draw_curves(out / "3-decomposition.png", [
-        (few, "First-order term of a minibatch", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog"),
-        (few, "Second-order term of a minibatch", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
-    ])  # fmt: skip
-    draw_proxies(out / "4-proxies.png", groups.get("occ", []))
-    draw_noise(out / "5-noise.png", out)
-    write_tables(out, runs)
-
-
-def draw_curves(path, panels, points=12):
-    """A panel for each (groups, title, label, value, scale), side by side.
-
-    By default steps are averaged in 12 blocks: probes are noisy.
-    """
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(15, 5), layout="constrained")
-    for axis, (groups, title, label, value, scale) in zip(axes, panels):
-        draw_lines(axis, groups, value, scale, points)
-        axis.set(title=title, xlabel="step", ylabel=label)
-    save(figure, axes[0], path)
-
-
-def save(figure, axis, path):
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="small")
-    figure.savefig(path, dpi=90)
-    pyplot().close(figure)
-
-
-def gaps_to_detach(runs):
-    """For each label the difference of its scores to detach's: [{"step", "gap"} of each evaluation] of each seed."""
-    gaps = {}
-    for label, seeds in runs.items():
-        for seed in sorted(set(seeds) & set(runs.get("detach", {}))) if label != "detach" else ():
-            base = {r["step"]: r["eval/score"] for r in runs["detach"][seed] if "eval/score" in r}
-            gap = [
-                {"step": r["step"], "gap": r["eval/score"] - base[r["step"]]}
-                for r in seeds[seed]
-                if r["step"] in base
-            ]
-            gaps.setdefault(label, []).append(gap)
-    return gaps
-
-
-def draw_proxies(path, runs):
-    """What each proxy makes of the probed minibatches of occ, beside λ* = c/v² from exact gradients of the same."""
-    figure, axes = pyplot().subplots(1, 1 + len(PROXIES), figsize=(15, 5), layout="constrained")
-    probes = [r for records in runs for r in records if "occ/lam_star" in r]
-    for i, (name, title) in enumerate([("lam_star", "exact λ*"), *PROXIES.items()]):
-        steps, mean, _ = series(runs, logged(f"occ/{name}"), points=12)
-        axes[0].plot(steps, mean, color=f"C{i}", label=title)
-        if i:
-            axes[i].plot(
-                [r[f"occ/{name}"] for r in probes],
-                [r["occ/lam_star"] for r in probes],
-                ".",
-                color=f"C{i}",
-                ms=3,
-            )
-            axes[i].set(title=title, xlabel="λ of the proxy", ylabel="λ* of the same minibatch")
-    axes[0].set_yscale("symlog", linthresh=0.05)
-    axes[0].set(title="occ: each proxy and λ*", xlabel="step", ylabel="λ")
-    save(figure, axes[0], path)
 
 
 def one_step(out, label):
     """What `onestep` found at STATES of the runs of a regime: {seed: {step: as measure_step}}."""
     found = {}
     for path in sorted(out.glob(f"{label}-s*/onestep-*.json")):
-        name, _, seed = path.parent.name.rpartition("-s")
-        step = path.stem.removeprefix("onestep-ckpt").removeprefix("-")
+        seed, step = (
+            path.parent.name.rpartition("-s")[2],
+            path.stem.removeprefix("onestep-ckpt").removeprefix("-"),
+        )
         step = int(step) if step else read_metrics(path.parent)[1][-1]["step"]
         found.setdefault(int(seed), {})[step] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -1028,17 +969,18 @@ def predicted_difference(gains, steps):
     return GROWTH * float(np.log(lived[round(0.8 * steps) - 1 :]).mean())
 
 
-def predictions(out, runs):
+def predictions(out, runs, steps):
     """Rows of a table: what one step says of whole runs, beside what they did; H7."""
     rows = []
-    for label, kind, states in (("ce", "ce", "detach"), *((label, "policy", "occ") for label in SWEEP)):
-        at, steps = (
-            LAMS.index(REPRODUCED[label].get("lam", 1.0)),
-            list(runs["detach"].values())[0][-1]["step"],
-        )
-        predicted, measured = {}, {}
+    for label in ("ce", *SWEEP, "occ"):
+        kind, states = ("ce", "detach") if label == "ce" else ("policy", "occ")
+        at, predicted, measured = LAMS.index(REPRODUCED[label].get("lam", 1.0)), {}, {}
         for seed, found in one_step(out, states).items():
             gains = {step: found[step][kind]["adam"][at][0] for step in sorted(found)}
+            if label == "occ":  # its own λ_t, which is 0 in the first of four updates
+                gains = {
+                    step: 0.75 * found[step]["proxies"]["lam_logprob"]["gain"][0] for step in sorted(found)
+                }
             predicted[seed] = predicted_difference(gains, steps)
         for seed in set(runs.get(label, {})) & set(runs["detach"]):
             measured[seed] = final(runs[label][seed]) - final(runs["detach"][seed])
@@ -1048,71 +990,178 @@ def predictions(out, runs):
     return rows
 
 
+def ranks(x):
+    """Of a list of numbers; equal ones share theirs."""
+    x = np.array(x)
+    return (x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2
+
+
+def judged_proxies(out):
+    """Rows of a table, over the states of occ: λ of each proxy less the best constant λ of the state (bias), rank
+    correlation of the two, regret in %."""
+    rows = []
+    for name in [*PROXIES, *CONSTANTS]:
+        bias, correlation, regret = [], [], []
+        for states in one_step(out, "occ").values():
+            best = [found["policy"]["chosen"]["lam"] for found in states.values()]
+            each = [found["proxies"][name] for found in states.values()]
+            lam = [proxy["lam"] for proxy in each]
+            bias.append(statistics.fmean(np.subtract(lam, best)))
+            regret.append(statistics.fmean(proxy["regret"][0] for proxy in each))
+            constant = len(set(lam)) == 1 or len(set(best)) == 1
+            correlation.append(math.nan if constant else float(np.corrcoef(ranks(lam), ranks(best))[0, 1]))
+        title = PROXIES.get(name, f"constant {name}")
+        intervals = [over_seeds(bias), over_seeds(correlation)]
+        rows.append([title, len(bias), *(cell(x, 2) for x in intervals), cell(over_seeds(regret))])
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures and tables of the reproduction
+
+
+def finished_runs(out, steps):
+    """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps."""
+    runs = {}
+    for label in REPRODUCED:
+        measured = one_step(out, label)
+        for path in sorted(out.glob(f"{label}-s*/metrics.jsonl")):
+            records, seed = read_metrics(path.parent)[1], int(path.parent.name.rpartition("-s")[2])
+            if not records or records[-1]["step"] != steps:
+                print(f"left out: {path.parent}: not at step {steps}", file=sys.stderr)
+                continue
+            for record in records:  # what one step was found to be stands beside what was logged there
+                for kind in ("policy", "ce") if record["step"] in measured.get(seed, {}) else ():
+                    found = measured[seed][record["step"]]
+                    record[f"onestep/cos_{kind}"] = cosine(*found[kind]["noise_free"])
+            runs.setdefault(label, {})[seed] = records
+    if not runs:
+        raise ValueError(f"{out}: no finished run to draw")
+    return runs
+
+
+def draw(out, steps):
+    """Every figure and every table, from the runs that lie in `out`."""
+    runs = finished_runs(out, steps)
+    groups = {label: list(seeds.values()) for label, seeds in runs.items()}
+    with_mtp = {label: groups[label] for label in ("ce", "policy", "occ", "exact") if label in groups}
+    draw_panels(out / "1-scores.png", [
+        (groups, "Held-out score", "avg@k, points of 100", logged("eval/score"), "linear"),
+        (gaps_to_detach(runs), "Difference to detach, seed by seed", "points of 100", logged("gap"), "linear"),
+    ], points=60)  # fmt: skip
+    draw_panels(out / "2-terms.png", [
+        (with_mtp, "First-order correlation of a minibatch", "c_t", logged("occ/c"), "symlog"),
+        (with_mtp, "Second-order penalty of a minibatch", "v_t²", logged("occ/v2"), "log"),
+        (with_mtp, "Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", logged("occ/cos"), "linear"),
+    ])  # fmt: skip
+    draw_panels(out / "3-decomposition.png", [
+        (with_mtp, "First-order term of a minibatch", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog"),
+        (with_mtp, "Second-order term of a minibatch", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
+    ])  # fmt: skip
+    draw_proxies(out / "4-proxies.png", out)
+    draw_noise(out / "5-noise.png", out)
+    write_tables(out, runs, steps)
+
+
+def gaps_to_detach(runs):
+    """For each label the difference of its scores to detach's: [{"step", "gap"} of each evaluation] of each seed."""
+    gaps = {}
+    for label, seeds in runs.items():
+        for seed in sorted(set(seeds) & set(runs.get("detach", {}))) if label != "detach" else ():
+            base, gap = {r["step"]: r.get("eval/score") for r in runs["detach"][seed]}, []
+            for r in seeds[seed]:
+                if "eval/score" in r and base.get(r["step"]) is not None:
+                    gap.append({"step": r["step"], "gap": r["eval/score"] - base[r["step"]]})
+            gaps.setdefault(label, []).append(gap)
+    return gaps
+
+
+def draw_states(axis, out, regime, value, **style):
+    """A line over the states of a regime: value(what `onestep` found), mean and 95 % interval over seeds."""
+    seeds = list(one_step(out, regime).values())
+    steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    intervals = [over_seeds(value(seed[step]) for seed in seeds) for step in steps]
+    draw_bars(axis, steps, intervals, **style)
+
+
+def draw_bars(axis, x, intervals, **style):
+    if x:
+        means, halves = zip(*intervals)
+        axis.errorbar(x, means, halves, marker="o", markersize=3, capsize=2, **style)
+
+
+def draw_proxies(path, out):
+    """At the states of occ: λ of each proxy beside the best constant one, and what following it loses."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(15, 5), layout="constrained")
+    best = {"color": "black", "label": "best constant λ"}
+    draw_states(axes[0], out, "occ", lambda found: found["policy"]["chosen"]["lam"], **best)
+    for i, name in enumerate([*PROXIES, *CONSTANTS]):
+        style = {"color": f"C{i}", "label": PROXIES.get(name, f"constant {name}")}
+        if name in PROXIES:
+            draw_states(axes[0], out, "occ", lambda found, name=name: found["proxies"][name]["lam"], **style)
+        draw_states(
+            axes[1], out, "occ", lambda found, name=name: found["proxies"][name]["regret"][0], **style
+        )
+    axes[0].set_yscale("symlog", linthresh=0.05)
+    axes[0].set(title="occ: λ of each proxy", xlabel="step", ylabel="mean over minibatches")
+    axes[1].set(title="Regret: a step's loss against the best constant λ", xlabel="step", ylabel="%")
+    finish(figure, axes, path)
+
+
 def draw_noise(path, out):
     """What one step says at STATES of detach and of occ: a line is the mean over seeds, its bars 95 % intervals."""
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 5), layout="constrained")
-    for label, style in (("detach", "--"), ("occ", "-")):
-        seeds = list(one_step(out, label).values())
-        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    for label, line in (("detach", "--"), ("occ", "-")):
         for i, kind in enumerate(("policy", "ce")):
-            cosines = [
-                over_seeds(cosine(*seed[step][kind]["noise_free"]) for seed in seeds) for step in steps
-            ]
-            draw_bars(axes[0], steps, cosines, style, f"C{i}", f"{label}, m of {kind}")
-            for lam, color in ((1.0, f"C{i}"), (0.05, f"C{i + 2}")):
-                at = LAMS.index(lam)
-                gains = [over_seeds(seed[step][kind]["adam"][at][0] for seed in seeds) for step in steps]
-                draw_bars(axes[1], steps, gains, style, color, f"{label}, m of {kind}, λ = {lam:g}")
-            sizes = zip(*(seed[steps[-1]][kind]["sizes"] for seed in seeds))
-            gains = [over_seeds(size["gain"][0] for size in each) for each in sizes]
-            draw_bars(axes[2], SIZES if gains else [], gains, style, f"C{i}", f"{label}, m of {kind}")
+            style = {"linestyle": line, "color": f"C{i}", "label": f"{label}, m of {kind}"}
+            draw_states(
+                axes[0], out, label, lambda found, kind=kind: cosine(*found[kind]["noise_free"]), **style
+            )
+            at = LAMS.index(1.0)
+            draw_states(axes[1], out, label, lambda found, kind=kind: found[kind]["adam"][at][0], **style)
+            ends = [states[max(states)][kind]["sizes"] for states in one_step(out, label).values()]
+            gains = [over_seeds(size["gain"][0] for size in each) for each in zip(*ends)]
+            draw_bars(axes[2], SIZES if gains else [], gains, **style)
     axes[0].set(title="Cosine of g and m without noise", xlabel="step", ylabel="cosine")
-    axes[1].set(title="Gain of a step of Adam, over λ = 0", xlabel="step", ylabel="%")
-    axes[2].set(
-        title="At the end: best λ, chosen on other samples", xlabel="responses a minibatch", ylabel="%"
-    )
+    axes[1].set(title="Gain of a step of Adam at λ = 1, over λ = 0", xlabel="step", ylabel="%")
+    axes[2].set(title="At the end: λ chosen on other samples", xlabel="responses a minibatch", ylabel="%")
     axes[2].set_xscale("log", base=2)
     axes[2].set_xticks(SIZES, SIZES)
     for size, whose in ((64, "here"), (512, "paper")):
         axes[2].axvline(size, color="gray", linewidth=0.8, linestyle=":")
         axes[2].text(size, -38, whose, ha="right", rotation=90, fontsize="small")
     axes[2].set_ylim(-40, 40)  # with few minibatches the intervals of the largest go beyond
+    finish(figure, axes, path)
+
+
+def finish(figure, axes, path):
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.axhline(0, color="gray", linewidth=0.8)
         axis.legend(fontsize="x-small", handlelength=3.5)
-    figure.savefig(path, dpi=90)
-    pyplot().close(figure)
+    save(figure, path)
 
 
-def draw_bars(axis, x, intervals, style, color, label):
-    if x:
-        means, halves = zip(*intervals)
-        axis.errorbar(
-            x, means, halves, linestyle=style, color=color, marker="o", markersize=3, capsize=2, label=label
-        )
-
-
-def write_tables(out, runs):
-    """scores, differences to detach, and claims."""
+def write_tables(out, runs, steps):
+    """Scores, differences to detach, predictions, proxies and claims, as Markdown."""
     suites = [name for name in next(iter(next(iter(runs.values())).values()))[0] if name.startswith("eval/")]
     names, scores, differences = [name.removeprefix("eval/") for name in suites], [], []
     for label, seeds in runs.items():
-        scores.append(
-            [label, len(seeds), *(cell(over_seeds(final(r, s) for r in seeds.values())) for s in suites)]
-        )
-        shared = set(seeds) & set(runs.get("detach", {})) if label != "detach" else set()
+        intervals = [over_seeds(final(records, suite) for records in seeds.values()) for suite in suites]
+        scores.append([label, len(seeds), *map(cell, intervals)])
+        shared = sorted(set(seeds) & set(runs.get("detach", {}))) if label != "detach" else []
         if shared:
             gaps = [[final(seeds[i], s) - final(runs["detach"][i], s) for i in shared] for s in suites]
             differences.append([label, len(shared), *(cell(over_seeds(gap)) for gap in gaps)])
-    write_table(out / "scores", ["regime", "n", *names], scores)
-    write_table(out / "differences", ["regime − detach", "n", *names], differences)
+    write_table(out / "scores.md", ["regime", "n", *names], scores)
+    write_table(out / "differences.md", ["regime − detach", "n", *names], differences)
     if "detach" in runs:
         head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
-        write_table(out / "predictions", head, predictions(out, runs))
-    write_table(
-        out / "claims", ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"], judged_claims(runs)
-    )
+        write_table(out / "predictions.md", head, predictions(out, runs, steps))
+    head = ["λ", "n", "bias", "rank correlation", "regret, %"]
+    write_table(out / "proxies.md", head, judged_proxies(out))
+    head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
+    write_table(out / "claims.md", head, judged_claims(runs))
 
 
 def cell(interval, digits=1):
@@ -1129,10 +1178,7 @@ def markdown(head, rows):
 
 
 def write_table(path, head, rows):
-    """As Markdown and as CSV."""
-    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([head, *rows])
-    Path(f"{path}.md").write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
+    path.write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1209,14 +1255,7 @@ def parse(argv):
     return args
 
 
-COMMANDS = {
-    "score": score,
-    "sample": sample,
-    "explain": explain,
-    "onestep": onestep,
-    "plot": plot,
-    "reproduce": reproduce,
-}
+COMMANDS = {f.__name__: f for f in (score, sample, explain, onestep, plot, reproduce)}
 FLAGS = {  # default, help, and the commands that have it
     "k": (8, "samples a problem", "score sample"),
     "temperature": (1.0, "of sampling; 0 is greedy", "score sample"),

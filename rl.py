@@ -883,7 +883,7 @@ def summary(updates):
 
 
 def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
-    """The exact terms of one minibatch for the log, whatever the regime, and what each proxy makes of it.
+    """The exact terms of one minibatch, whatever the regime, what each proxy makes of it, and its gradients g and m.
 
     deltas: (δ_RL, δ_MTP) of the minibatch. With the heads as they were at the rollout, δ_MTP is what the trunk's own
     movement changes: Δ_MTP of the paper knows no other.
@@ -908,4 +908,4 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
         scored, scale = mb["mask_mtp"].any(1), occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
         lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, scored, scale)
         terms["lam_released"] = lam_B.mean().item()
-    return {f"occ/{name}": value for name, value in terms.items()}
+    return {f"occ/{name}": value for name, value in terms.items()}, g, m

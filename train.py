@@ -507,7 +507,8 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
             lam.fill_(occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, trunk))
         clock("coefficient")
         if probing and mb is minibatches[-1]:
-            metrics |= rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
+            exact, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
+            metrics |= exact
             clock("probe")
 
         # 6 one backward (two where the heads learn by another loss), one step: the trunk goes down g + λ_t m, the heads

@@ -37,7 +37,15 @@ import rl
 import train
 
 SETTINGS = {"default": {}, "wide": dict(n_layer=6, n_embd=256, max_new_tokens=48)}
-REGIMES = ["detach", "off", "ce", "policy", "occ", "exact", "occ-ce"]  # the first is what others are divided by
+REGIMES = [
+    "detach",
+    "off",
+    "ce",
+    "policy",
+    "occ",
+    "exact",
+    "occ-ce",
+]  # the first is what others are divided by
 GROWTH = {"prompts_per_step": (8, 32, 128), "max_new_tokens": (16, 64), "mtp_depth": (1, 2, 4)}
 LOGP_SHAPES = {  # N tokens, C channels, V words
     "cpu": ((65536, 128, 64), (16384, 128, 576), (8192, 256, 50304)),
@@ -179,7 +187,9 @@ def sampling(repeats):
 def growth(path, repeats):
     """Draw seconds a step and a token against each setting of GROWTH, over those at its smallest value."""
     plt = evaluation.pyplot()
-    figure, axes = plt.subplots(1, len(GROWTH), figsize=(4.5 * len(GROWTH), 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, len(GROWTH), figsize=(4.5 * len(GROWTH), 4), layout="constrained", sharey=True
+    )
     for axis, (name, values) in zip(axes, GROWTH.items()):
         steps, tokens = [], []
         for value in values:
@@ -215,7 +225,9 @@ def logp_peers(device):
         peers["triton"] = ours("triton")
     peers["naive, torch.compile"] = torch.compile(peers["naive"])
     if hasattr(F, "linear_cross_entropy"):
-        peers["torch, linear_cross_entropy"] = lambda h, W, t: -F.linear_cross_entropy(h, W, t, reduction="none")
+        peers["torch, linear_cross_entropy"] = lambda h, W, t: (
+            -F.linear_cross_entropy(h, W, t, reduction="none")
+        )
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -251,7 +263,9 @@ def logp(repeats):
         for name, seconds in times.items():
             if len(seconds) > repeats:
                 ratios = [a / b for a, b in zip(seconds[1:], times["naive"][1:])]
-                rows.append([name, f"{1e3 * statistics.median(seconds[1:]):.1f}", shown(ratios), errors[name]])
+                rows.append(
+                    [name, f"{1e3 * statistics.median(seconds[1:]):.1f}", shown(ratios), errors[name]]
+                )
             else:
                 rows.append([name, "-", "-", errors[name]])
         auto = mtp.pick_impl("auto", N, V, device, dtype)
@@ -310,7 +324,10 @@ def peers(repeats):
     rl.ALGOS["dapo"] = dataclasses.replace(rl.ALGOS["dapo"], overlong=False)  # 12 tokens are enough then
     env, rows = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}, []
     for name, setting in PEER_SETTINGS.items():
-        rollouts, found = (6 if name == "small" else 4), {kind: [] for kind in ("TRL", "off", "detach", "occ")}
+        rollouts, found = (
+            (6 if name == "small" else 4),
+            {kind: [] for kind in ("TRL", "off", "detach", "occ")},
+        )
         for _ in range(3):
             command = [sys.executable, __file__, "--trl", name, str(rollouts)]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -325,12 +342,24 @@ def peers(repeats):
         trl = statistics.median(found["TRL"])
         ratios = [f"{statistics.median(found[kind]) / trl:.1f}" for kind in ("off", "detach", "occ")]
         rows.append([name, *(shown(values, 0) for values in found.values()), *ratios, f"{length:.1f}"])
-    head = ["setting", "TRL, samples/s", "off", "detach", "occ", "off / TRL", "detach / TRL", "occ / TRL", "our length"]
+    head = [
+        "setting",
+        "TRL, samples/s",
+        "off",
+        "detach",
+        "occ",
+        "off / TRL",
+        "detach / TRL",
+        "occ / TRL",
+        "our length",
+    ]
     return ["Our vocabulary is 257, TRL's is 15.", "", *evaluation.markdown(head, rows)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"some of {','.join(SETTINGS)}")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--logp", action="store_true")
@@ -343,7 +372,9 @@ def main():
         return
     rl.is_right = coin
     rl.ALGOS["dapo"] = dataclasses.replace(rl.ALGOS["dapo"], dynamic_sampling=False)
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {gpt.find_device('auto')}; medians of {args.repeats}\n")
+    print(
+        f"torch {torch.__version__}, {os.cpu_count()} cores, {gpt.find_device('auto')}; medians of {args.repeats}\n"
+    )
     settings = args.settings.split(",")
     if args.logp:
         parts = [lambda: logp(args.repeats)]

@@ -1,6 +1,5 @@
 """Scores, samples, explanations, curves, and the reproduction with its statistics."""
 
-import csv
 import json
 import math
 import re
@@ -186,11 +185,16 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     ]
     assert run_command(*arguments) == 0
     said = capsys.readouterr().out
-    assert said.startswith("2 of 2 runs in ") and said.endswith(f"figures and tables are in {out}\n")
+    assert (
+        said.startswith("2 runs in ")
+        and "0 failures" in said
+        and said.endswith(f"figures and tables are in {out}\n")
+    )
     names = ["1-scores", "2-terms", "3-decomposition", "4-proxies", "5-noise"]
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-    rows = list(csv.DictReader((out / "scores.csv").read_text(encoding="utf-8").splitlines()))
-    assert [row["regime"] for row in rows] == ["detach", "occ"] and rows[0]["n"] == "1"
+    rows = (out / "scores.md").read_text(encoding="utf-8").splitlines()
+    assert rows[2].startswith("| detach | 1 | ") and rows[3].startswith("| occ | 1 | ")
+    assert len((out / "proxies.md").read_text(encoding="utf-8").splitlines()) == 2 + 8
     assert "| H4 | occ − detach, points |" in (out / "claims.md").read_text(encoding="utf-8")
     found = json.loads((out / "occ-s0" / "onestep-ckpt.json").read_text(encoding="utf-8"))
     assert found["rollouts"] == 24 and len(found["policy"]["adam"]) == len(evaluation.LAMS)
@@ -202,10 +206,7 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     monkeypatch.setattr(evaluation.subprocess, "run", None)  # nothing is trained again
     assert run_command(*arguments) == 1
     captured = capsys.readouterr()
-    assert (
-        captured.out.startswith("1 of 2 runs in ")
-        and "occ-s0/ckpt.pt: not a readable checkpoint" in captured.err
-    )
+    assert "1 failures" in captured.out and "occ-s0/ckpt.pt: not a readable checkpoint" in captured.err
 
 
 def test_a_run_with_other_settings_is_not_taken(tmp_path):

@@ -33,7 +33,9 @@ def reference(model, heads, tokens, temperature, offset=0):
     return out
 
 
-@pytest.mark.parametrize("lengths", (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1))))  # (prompt, response)
+@pytest.mark.parametrize(
+    "lengths", (((3, 5), (2, 2), (4, 1), (3, 6)), ((1, 3), (1, 1)))
+)  # (prompt, response)
 @pytest.mark.parametrize("design", DESIGNS)
 def test_alignment(design, lengths):
     depth, temperature = 3, 0.7  # that of the trunk is that of the heads
@@ -70,7 +72,9 @@ def test_the_trunks_logprobs_do_not_depend_on_heads_or_padding():
     model, heads = tiny()
     tokens, mask = batch()
     logp, _, h = mtp.logprobs(model, heads, tokens, mask, temperature=0.8)
-    expected = (model(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1) * mask
+    expected = (model(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(
+        -1
+    ) * mask
     torch.testing.assert_close(logp, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(h, model.hidden(tokens))
     alone, none, _ = mtp.logprobs(model, None, tokens, mask, temperature=0.8)
@@ -150,7 +154,9 @@ def check_digits(impl):
         logp, (want, _, want_dW) = mtp.linear_logp(*inputs, impl=impl), exact(*inputs, torch.ones(1))
         expected = pytest.approx(want.item(), **allowed)
         assert logp.item() == expected
-        torch.testing.assert_close(torch.autograd.grad(logp, inputs[1])[0].double(), want_dW, rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(logp, inputs[1])[0].double(), want_dW, rtol=1e-3, atol=0
+        )
         top, log_sum = logits.amax(), (logits - logits.amax()).exp().sum().log()
         assert (logits[target] - (top + log_sum)).item() != expected  # the plausible formula that loses them
 
@@ -164,7 +170,10 @@ def test_chunked_gradcheck(monkeypatch):
 
 def check_strides(impl):
     """The shape of the targets is kept, inputs may have strides, and gradients are the same bits each time."""
-    h, W = torch.randn(8, 5, 4).transpose(0, 1)[..., ::2].requires_grad_(), torch.randn(2, 150).T.requires_grad_()
+    h, W = (
+        torch.randn(8, 5, 4).transpose(0, 1)[..., ::2].requires_grad_(),
+        torch.randn(2, 150).T.requires_grad_(),
+    )
     targets, upstream = torch.randint(0, 9, (8, 5)).T, torch.randn(5, 16)[:, ::2]  # many share a target
     assert not any(x.is_contiguous() for x in (h, W, targets, upstream))
     results = []

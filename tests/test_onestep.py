@@ -81,15 +81,41 @@ def test_noise_that_m_shares_with_g_is_taken_out():
     expected = 100 * ((0.01 + 1) ** 0.5 / (0.01 + 0.25) ** 0.5 - 1)
     mean, half = found["gain"]
     assert found["lam"] == -0.5 and mean == pytest.approx(expected, abs=max(2 * half, 15)) and mean > half
-    product = evaluation.relative_gain(g, m, -0.5, "plain", clip=False)[0]
-    assert product == pytest.approx(100 * ((0.01 + 1) / (0.01 + 0.25) - 1), rel=0.3)
+    plain = [evaluation.step_gains(g, u, "plain") for u in (g - 0.5 * m, g)]
+    assert evaluation.relative_gain(*plain)[0] == pytest.approx(
+        100 * ((0.01 + 1) / (0.01 + 0.25) - 1), rel=0.3
+    )
+
+
+def test_own_moments_take_the_place_of_converged_ones():
+    """Moments that are those of u change nothing; a moment that is large where g is hides that part of the gain."""
+    g, m = gradients(3000, torch.tensor([1.0, 1.0]), torch.zeros(2), 1.0, 1.0)
+    assert evaluation.step_gains(g, g, torch.tensor([2.0, 2.0]), leave_out=False)[0] == pytest.approx(
+        2**0.5, rel=0.1
+    )
+    assert evaluation.step_gains(g, g, torch.tensor([2.0, 1e12]), leave_out=False)[0] == pytest.approx(
+        0.5**0.5, rel=0.1
+    )
+
+
+def test_regret_is_against_the_best_constant():
+    """g = -m/2 + signal: λ = 0.5 takes the noise out. A proxy that says so regrets nothing, 0 what the noise costs."""
+    m = torch.randn(400, 30)
+    g = 0.1 - 0.5 * m
+    right, zero, wrong = (
+        evaluation.value_of_a_proxy(g, m, torch.full((400,), lam)) for lam in (0.5, 0.0, -0.5)
+    )
+    assert right["lam"] == 0.5 and abs(right["regret"][0]) < 1e-6
+    assert 0 < zero["regret"][0] < wrong["regret"][0] < 100
+    assert zero["gain"] == (0.0, 0.0) and wrong["gain"][0] < 0 < right["gain"][0]
 
 
 def test_a_step_backwards_is_a_loss():
     """E g · E u < 0: the square of a product would have made a gain of it."""
     g, m = gradients(50, torch.ones(10), torch.ones(10) * 10, 0.1, 0.1)
-    assert evaluation.relative_gain(g, m, -0.5, "plain", clip=False)[0] == pytest.approx(-200, abs=2)
-    assert evaluation.relative_gain(g, m, -0.5, "adam", clip=False)[0] == pytest.approx(-200, abs=2)
+    for step in ("plain", "adam"):
+        backwards, forwards = (evaluation.step_gains(g, u, step) for u in (g - 0.5 * m, g))
+        assert evaluation.relative_gain(backwards, forwards)[0] == pytest.approx(-200, abs=2)
 
 
 def test_curvature_needs_fresh_samples():
@@ -132,10 +158,12 @@ def test_onestep_of_a_run(small, capsys):
     arguments = ["onestep", cfg.out, "--rollouts", "12", "--checkpoint", "ckpt-2"]
     assert evaluation.main(evaluation.parse(arguments)) == 0
     said = capsys.readouterr().out
-    assert "| 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in said
+    assert "| 0.0 |" + 6 * " 0.0 ± 0.0 |" in said  # three kinds of step for each m
     assert said.count("Would MTP help this run") == 2 and "Lη of Adam's steps on fresh samples" in said
     found = json.loads((evaluation.Path(cfg.out) / "onestep-ckpt-2.json").read_text(encoding="utf-8"))
     assert found["responses"] == 16 and 8 <= found["minibatches"] <= 12
     assert (evaluation.Path(cfg.out) / "ckpt.pt").read_bytes() == weights
+    assert found["proxies"]["0"]["gain"] == [0.0, 0.0] and set(found["proxies"]) > set(evaluation.PROXIES)
+    assert len({proxy["lam"] for proxy in found["proxies"].values()}) == 8  # after a real update no δ is 0
     with pytest.raises(ValueError, match="which are too few"):
         evaluation.main(evaluation.parse(["onestep", cfg.out, "--rollouts", "2"]))

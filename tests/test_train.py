@@ -143,7 +143,10 @@ def test_the_probe_tells_the_lambda_that_released_would_use(small):
     cfg = small(released=True, mtp_depth=2, probe_every=1)
     train.main(cfg)
     for record in metrics(cfg)[1:]:
-        assert record["occ/lam_released"] == pytest.approx(record["occ/lam"], rel=1e-4) and record["occ/lam"] != 0
+        assert (
+            record["occ/lam_released"] == pytest.approx(record["occ/lam"], rel=1e-4)
+            and record["occ/lam"] != 0
+        )
 
 
 def test_released_puts_lambda_inside_the_clip(small, monkeypatch):
@@ -457,7 +460,9 @@ def test_wrong_values_are_named(capsys, flag, value, allowed):
 def test_flags_that_do_not_go_together(capsys):
     assert "--speculative True: must be left out" in fails(capsys, "--speculative", "--regime", "off")
     assert "--released True: must be left out" in fails(capsys, "--released", "--regime", "exact")
-    assert "--lam_plus 0.5: must be left out with --released" in fails(capsys, "--released", "--lam_plus", "0.5")
+    assert "--lam_plus 0.5: must be left out with --released" in fails(
+        capsys, "--released", "--lam_plus", "0.5"
+    )
     assert "--occ_proxy hidden: must be left out" in fails(capsys, "--released", "--occ_proxy", "hidden")
     cfg, again = train.command_line(
         "--num_generations 1 --algo reinforce --task add,mul --tied --lam -0.5".split()

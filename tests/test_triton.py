@@ -71,14 +71,18 @@ def test_the_kernels_compile_for_sm_90_without_spills_and_with_tensor_cores(tmp_
     for kind, kernel, stack, wgmma, shared in rows:
         assert stack == "0", f"{kernel} of {kind} spills registers"
         assert int(wgmma) > 0 or kind == "fp32", f"{kernel} of {kind} does not use tensor cores"
-        assert int(shared) <= (227 if kind != "fp32" else 99) * 1024  # what sm_90 has, and what small GPUs have
+        assert (
+            int(shared) <= (227 if kind != "fp32" else 99) * 1024
+        )  # what sm_90 has, and what small GPUs have
 
 
 def test_a_forced_triton_that_cannot_run_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     mtp.why_no_triton.cache_clear()
     h, W, target = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])
-    with pytest.raises(ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"):
+    with pytest.raises(
+        ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"
+    ):
         mtp.linear_logp(h, W, target, impl="triton")
     with pytest.raises(ValueError, match="it has no torch.float64"):
         mtp.linear_logp(h.double(), W.double(), target, impl="triton")
