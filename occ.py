@@ -29,11 +29,12 @@ from model import total
 
 
 class Regime(NamedTuple):
-    heads_loss: (
-        str | None
-    )  # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: no heads
-    trunk_loss: str | None  # the loss whose gradient is m, which enters the trunk times λ
-    rule: str  # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs · "exact" from g and m
+    # what the heads learn by: "ce" cross-entropy, "policy" the clipped policy loss, None: there are no heads
+    heads_loss: str | None
+    # the loss whose gradient is m, which enters the trunk times λ
+    trunk_loss: str | None
+    # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs · "exact" from g and m
+    rule: str
 
 
 REGIMES = {

@@ -110,52 +110,45 @@ class Config:
     device: str = "auto"  # cuda where there is one, else cpu; or any that torch knows: cuda:1, mps, xpu
 
     def __post_init__(self):
+        need, most = self.need, self.prompts_per_step
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every".split()
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
             if choices:
-                self.need(f.name, value in choices, f"one of {', '.join(choices)}")
+                need(f.name, value in choices, f"one of {', '.join(choices)}")
             elif f.name in ("lam", "lam_plus"):
-                self.need(f.name, math.isfinite(value), "a finite number")
+                need(f.name, math.isfinite(value), "a finite number")
             elif f.name in may_be_zero:
-                self.need(f.name, 0 <= value < 2**31, "0 or more")
+                need(f.name, 0 <= value < 2**31, "0 or more")
             elif f.type in (int, float):
-                self.need(f.name, 0 < value < 2**31, "above 0")
-        self.need("careless", self.careless <= 1, "a share from 0 to 1")
-        self.need("difficulty", self.difficulty <= 8, "1 to 8")
-        self.need(
-            "keep", all(x.isdecimal() for x in self.keep.split(",") if x), "a comma list of steps, as 0,25,60"
+                need(f.name, 0 < value < 2**31, "above 0")
+        need("careless", self.careless <= 1, "a share from 0 to 1")
+        need("difficulty", self.difficulty <= 8, "1 to 8")
+        need(
+            "keep",
+            self.keep.replace(",", "0").isdecimal() or not self.keep,
+            "a comma list of steps, as 0,25,60",
         )
-        self.need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
-        most = self.prompts_per_step
-        self.need(
-            "updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}"
-        )
+        need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
+        need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
         algo = rl.ALGOS[self.algo]
-        needs_groups = algo.advantage != "batch" or algo.dynamic_sampling
-        self.need(
-            "num_generations", self.num_generations > 1 or not needs_groups, "2 or more (1 with reinforce)"
-        )
-        self.need(
-            "speculative",
-            not (self.speculative and self.regime == "off"),
-            "left out: --regime off has no heads",
-        )
-        self.need("released", not self.released or self.regime == "occ", "left out, or with --regime occ")
-        released = occ.RELEASED_LAM_PLUS / self.mtp_depth
+        in_groups = algo.advantage != "batch" or algo.dynamic_sampling
+        need("num_generations", self.num_generations > 1 or not in_groups, "2 or more (1 with reinforce)")
+        drafts = self.speculative and self.regime == "off"
+        need("speculative", not drafts, "left out: --regime off has no heads")
+        need("released", not self.released or self.regime == "occ", "left out, or with --regime occ")
         if self.released:
-            self.need("lam_plus", self.lam_plus in (1.0, released), "left out with --released, which sets it")
-            self.need("occ_proxy", self.occ_proxy == "logprob", "left out with --released, which has its own")
-            self.lam_plus = released
-        why, kind = "", find_device(self.device).type
+            lam_plus = occ.RELEASED_LAM_PLUS / self.mtp_depth
+            need("lam_plus", self.lam_plus in (1.0, lam_plus), "left out with --released, which sets it")
+            need("occ_proxy", self.occ_proxy == "logprob", "left out with --released, which has its own")
+            self.lam_plus = lam_plus
+        device = find_device(self.device).type
         if self.logp_impl == "triton":
-            why = mtp.why_no_triton(kind, torch.float32)
-        self.need("logp_impl", not why, f"auto, naive or chunked here: {why}")
-        needed = max(rl.longest(s, self.difficulty, self.tok())[2] for s in self.suites()) + 1
-        needed = needed * 5 // 4 if algo.overlong else needed  # the overlong penalty takes the last fifth
-        self.need(
-            "max_new_tokens", self.max_new_tokens >= needed, f"{needed} or more for this task and difficulty"
-        )
+            why = mtp.why_no_triton(device, torch.float32)
+            need("logp_impl", not why, f"auto, naive or chunked here: {why}")
+        room = max(rl.longest(s, self.difficulty, self.tok())[2] for s in self.suites()) + 1
+        room = room * 5 // 4 if algo.overlong else room  # the overlong penalty takes the last fifth
+        need("max_new_tokens", self.max_new_tokens >= room, f"{room} or more for this task and difficulty")
         names = self.task if self.task == "arithmetic" else "+".join(map(rl.label, self.suites()))
         self.out = self.out or f"out/{names}-{self.regime}-s{self.seed}"
 
@@ -181,16 +174,15 @@ def set_up(cfg):
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         threads = max((os.cpu_count() or 1) // here, 1)
         if device.type == "cuda":
-            if here > torch.cuda.device_count():
-                raise ValueError(
-                    f"--nproc_per_node {here}: must be at most {torch.cuda.device_count()}, one a GPU"
-                )
+            gpus = torch.cuda.device_count()
+            if here > gpus:
+                raise ValueError(f"--nproc_per_node {here}: must be at most {gpus}, one a GPU")
             device = torch.device("cuda", dist.get_node_local_rank())
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.released and world()[1] > 1:
         raise ValueError(
-            "--released: in one process only: its lambda is a mean over pairs, which processes would cut"
+            "--released: in one process only: its lambda is a mean over pairs, which others would cut"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -277,10 +269,11 @@ def pretrain(cfg, model, heads, device, stop):
     ]
     bar = progress(range(cfg.pretrain_steps), "pretrain")
     for step in bar:
-        for optimizer, peak in optimizers:  # a short warm-up, then down in a line
-            optimizer.param_groups[0]["lr"] = peak * min(
-                1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps)
-            )
+        schedule = min(
+            1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps)
+        )  # warm-up, then down in a line
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = peak * schedule
             optimizer.zero_grad()
         tokens_BT, mask_BT = pretraining_batch(cfg, step)
         mask_BKT = mtp.aligned_mask(mask_BT, cfg.mtp_depth)
@@ -306,9 +299,7 @@ def pretrained(cfg, device, stop=()):
     data = [s if s in rl.SUITES else hashlib.sha256(Path(s).read_bytes()).hexdigest() for s in cfg.suites()]
     code = [inspect.getsource(sys.modules[name]) for name in ("model", "mtp", "rl")]
     code += [inspect.getsource(f) for f in (evaluation.build, Muon, pretraining_batch, pretrain)]
-    key = json.dumps(
-        [torch.__version__, device.type, data, code, {name: getattr(cfg, name) for name in names}]
-    )
+    key = json.dumps([torch.__version__, device.type, data, code, [getattr(cfg, name) for name in names]])
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     model, heads = evaluation.build(cfg, device)
     try:
@@ -348,36 +339,32 @@ class Run:
 
     def __init__(self, cfg, resume):
         """ValueError if another run writes there or, unless this one goes on with it, has written there."""
-        self.dir, self.metrics, self.start = Path(cfg.out), None, time.perf_counter()
+        out = self.dir = Path(cfg.out)
+        self.metrics, self.start = None, time.perf_counter()
         if world()[0] > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
         for name in () if resume else ("metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png"):
             if (self.dir / name).exists() and (self.dir / name).stat().st_size:
                 raise ValueError(
-                    f"--out {self.dir}: has a {name}; go on with --resume {self.dir}, or name another folder"
+                    f"--out {out}: has a {name}; go on with --resume {out}, or name another folder"
                 )
         self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
         try:
             if fcntl:
                 fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{self.dir}: another run is writing there; wait, or name another folder"
-            ) from None
+            raise ValueError(f"{out}: another run is writing there; wait, or name another folder") from None
 
     def go_on(self, ckpt):
         """Cut off what the files hold from after a checkpoint (None: all but the header)."""
         self.start -= ckpt["seconds"] if ckpt else 0
         if self.metrics:
             last = ckpt["step"] if ckpt else -1
-            first, *lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
-            os.truncate(self.metrics.fileno(), len("".join([first, *kept]).encode()))
-            samples = self.dir / "samples.txt"
-            lines = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.exists() else []
-            kept = [line for line in lines if int(line.split()[1]) <= last]
-            samples.write_text("".join(kept), encoding="utf-8")
+            lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = lines[:1]
+            kept += [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= last]
+            os.truncate(self.metrics.fileno(), len("".join(kept).encode()))
 
     def write(self, record):
         """One line of metrics.jsonl."""
@@ -389,9 +376,8 @@ class Run:
         """Prompts, completions and rewards, for people."""
         if self.metrics:
             with open(self.dir / "samples.txt", "a", encoding="utf-8") as f:
-                f.writelines(
-                    f"step {step}  reward {r:g}  {prompt!r} -> {text!r}\n" for prompt, text, r in examples
-                )
+                for prompt, text, reward in examples:
+                    f.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
 
     def save(self, cfg, step, scores, model, heads, optimizer):
         state = {"version": evaluation.VERSION, "step": step, "steps": cfg.steps, "seconds": self.seconds()}
@@ -468,14 +454,14 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
     updates = []
     for update, mb in enumerate(minibatches):
-        # What the doors of the trunk multiply the heads' gradient by: filled in at 5, read in the backward at 6.
-        # Until then it is 1: `exact` and probes need the whole m.
+        # The doors of the trunk multiply the heads' gradient by lam. It is 1 until 5 fills it in, so that `exact` sees the
+        # whole m, and it is read by the backward at 6.
         lam = torch.ones((), device=adv_B.device)
         door = lam
         if regime.rule == "cut":
-            door = 0.0  # a number, not a tensor: it cuts the graph
+            door = 0.0  # the number cuts the graph; lam is only logged
         elif cfg.released:
-            door = 1.0  # λ acts elsewhere
+            door = 1.0  # open: λ multiplies the advantages instead
         mask, mask_mtp = mb["mask"], mb["mask_mtp"]
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
         if update == 0:
@@ -580,7 +566,7 @@ def main(cfg, resume=False, stop=()):
     else:
         start, scores = ckpt["step"], ckpt["scores"]
     say(
-        f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}, score {scores[-1]:.1f} at the start"
+        f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}, score {scores[-1]:.1f} before them"
     )
 
     began, saved = run.seconds(), start
@@ -598,9 +584,8 @@ def main(cfg, resume=False, stop=()):
             run.show(step, examples)
             if bar.disable:
                 left = (run.seconds() - began) / (step - start) * (cfg.steps - step) / 60
-                say(
-                    f"step {step}: reward {reward:.2f}, score {scores[-1]:.1f}, λ {lam:.3f}, {left:.1f} minutes left"
-                )
+                now = f"reward {reward:.2f}, score {scores[-1]:.1f}, λ {lam:.3f}"
+                say(f"step {step}: {now}, {left:.1f} minutes left")
         run.write({"step": step, "time": run.seconds()} | record)
         bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
         ending = stop_requested(stop)
@@ -641,7 +626,7 @@ def command_line(argv):
     differ = set(values) ^ {f.name for f in dataclasses.fields(Config)}
     if differ:
         raise ValueError(
-            f"{folder}: a run of another version: settings that differ: {', '.join(sorted(differ))}"
+            f"{folder}: a run of another version: these settings differ: {', '.join(sorted(differ))}"
         )
     steps = {"steps": ckpt["steps"]} if ckpt else {}
     cfg = Config(**values | steps | given | {"out": folder})
