@@ -534,11 +534,11 @@ def onestep(args):
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
     lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain of "
-             "one step over that with λ = 0, in %; ± 95 % by the jackknife over minibatches.", ""]  # fmt: skip
+             "one step over that with λ = 0, in %; ± 95 % by the jackknife.", ""]  # fmt: skip
     head, columns = ["λ"], []
     for kind in ("policy", "ce"):
         for step in ("adam", "own", "plain"):
-            if found[kind][step]:
+            if step in found[kind]:  # there are no own moments before Adam's first step
                 head.append(f"m of {kind}, {step}")
                 columns.append([cell(gain) for gain in found[kind][step]])
     lines += [*markdown(head, list(zip(LAMS, *columns))), ""]
@@ -613,20 +613,23 @@ def measure_step(folder, name, rollouts, device):
     measured["L_eta"] = (L_eta.mean().item(), 1.96 * L_eta.std().item() / len(L_eta) ** 0.5)
     moments = own_moments(optimizer, trunk)
     for kind, m in m_of.items():
-        pairs = ((g, g), (g, m), (m, m))
+        pairs, sums = ((g, g), (g, m), (m, m)), sums_by_lam(g, m)
+        halves = [sums_by_lam(g[rows], m[rows]) for rows in HALVES]
+        not_clipped = [sums_by_lam(g[rows], m[rows], clip=False) for rows in HALVES]
         measured[kind] = {
-            "adam": gain_by_lam(g, m, "adam"),
-            "own": gain_by_lam(g, m, moments) if moments is not None else [],
-            "plain": gain_by_lam(g, m, "plain"),
-            "chosen": chosen_on_one_half(g, m),
-            "sizes": [chosen_on_one_half(g, m, size / responses, clip=False) for size in SIZES],
+            "chosen": chosen_on_one_half(halves),
+            "sizes": [chosen_on_one_half(not_clipped, size / responses) for size in SIZES],
             "noise_free": [across(a, b) for a, b in pairs],
             "of_a_minibatch": [(a * b).sum(1).mean().item() for a, b in pairs],
         }
-    lams |= {name: [lam] * len(g) for name, lam in CONSTANTS.items()}
-    measured["proxies"] = {}
-    for name, values in lams.items():
-        measured["proxies"][name] = value_of_a_proxy(g, m_of["policy"], torch.tensor(values))
+        for name, step in (("adam", "adam"), ("own", moments), ("plain", "plain")):
+            if step is not None:
+                measured[kind][name] = [relative_gain(sums[lam], sums[0.0], step) for lam in LAMS]
+        if kind == "policy":
+            lams |= {name: [lam] * len(g) for name, lam in CONSTANTS.items()}
+            measured["proxies"] = {}
+            for name, values in lams.items():
+                measured["proxies"][name] = value_of_a_proxy(g, m, torch.tensor(values), halves)
     return measured
 
 
@@ -664,22 +667,39 @@ def clipped(u):
     return u / u.norm(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-def step_gains(g_NP, u_NP, step="adam", size=1.0, leave_out=True):
-    """Expected first-order gain of a step along u (see `onestep`): of all N minibatches and, if asked, without each one.
+def sums_of(g_NP, u_NP, blocks=12):
+    """What `step_gains` needs of N minibatches, then of those without each of `blocks` parts, for the jackknife.
+
+    Each is a list: how many minibatches, and sums over them (P,) of g, u, g u and u².
+    """
+    sums = []
+    for block in range(blocks):
+        g, u = g_NP[block::blocks], u_NP[block::blocks]
+        sums.append([len(g), g.sum(0), u.sum(0), (g * u).sum(0), u.square().sum(0)])
+    whole = [sum(parts) for parts in zip(*sums)]
+    return [whole] + [[a - b for a, b in zip(whole, part)] for part in sums]
+
+
+def sums_by_lam(g, m, clip=True):
+    """{λ: sums_of u = g + λ m} of LAMS."""
+    sums = {}
+    for lam in LAMS:
+        u = g + lam * m
+        sums[lam] = sums_of(g, clipped(u) if clip else u)
+    return sums
+
+
+def step_gains(sums, step="adam", size=1.0):
+    """Expected first-order gain of a step along u (see `onestep`), of each of `sums_of`.
 
     step: "adam", "plain", or Adam's own second moments (P,). size: of a minibatch, in units of those given, from 1/N to
     N. Then E[u²] = (E u)² + s²/size, s² the variance.
     """
-    n, gains = len(g_NP), []
-    sums = g_NP.sum(0), u_NP.sum(0), (g_NP * u_NP).sum(0), u_NP.square().sum(0)
-    for i in (None, *(range(n) if leave_out else ())):
-        k, (g, u, gu, uu) = n, sums
-        if i is not None:
-            k = n - 1
-            g, u, gu, uu = g - g_NP[i], u - u_NP[i], gu - g_NP[i] * u_NP[i], uu - u_NP[i].square()
-        product = (g * u - gu) / (k * (k - 1))  # E[g_j] E[u_j], from products of different minibatches
-        variance = (uu - u.square() / k) / (k - 1)
-        square = ((u / k).square() + variance * (1 / size - 1 / k)).clamp(min=0)
+    gains = []
+    for n, g, u, gu, uu in sums:
+        product = (g * u - gu) / (n * (n - 1))  # E[g_j] E[u_j], from products of different minibatches
+        variance = (uu - u.square() / n) / (n - 1)
+        square = ((u / n).square() + variance * (1 / size - 1 / n)).clamp(min=0)
         if step == "plain":
             inner = product.sum().item()
             gains.append(inner * abs(inner) / square.sum().item())  # a step backwards is a loss
@@ -689,28 +709,23 @@ def step_gains(g_NP, u_NP, step="adam", size=1.0, leave_out=True):
     return gains
 
 
-def relative_gain(gains, gains_0):
-    """(the first over the second, minus 1, in %; half-width of its 95 % interval, jackknife) of two `step_gains`."""
-    ratios = [100 * (a / b - 1) if b else math.nan for a, b in zip(gains, gains_0)]
+def relative_gain(sums, sums_0, step="adam", size=1.0):
+    """(gain of a step along u over that of a step along u_0, minus 1, in %; half-width of its 95 % interval).
+
+    The interval is the jackknife's over 12 blocks of minibatches, with Student's t.
+    """
+    pairs = zip(step_gains(sums, step, size), step_gains(sums_0, step, size))
+    ratios = [100 * (a / b - 1) if b else math.nan for a, b in pairs]
     left_out = ratios[1:]
     n, mean = len(left_out), statistics.fmean(left_out)
     variance = (n - 1) / n * sum((x - mean) ** 2 for x in left_out)
-    return ratios[0], 1.96 * variance**0.5
+    return ratios[0], 2.20 * variance**0.5
 
 
-def gain_by_lam(g, m, step):
-    """Of each λ of LAMS: the gain over λ = 0 of a step along g + λ m, clipped."""
-    at_0 = step_gains(g, clipped(g), step)
-    return [relative_gain(step_gains(g, clipped(g + lam * m), step), at_0) for lam in LAMS]
-
-
-def best_lam(g, m, size=1.0, clip=True):
-    """The λ of LAMS along whose g + λ m a step of Adam gains most."""
-    gains = []
-    for lam in LAMS:
-        u = g + lam * m
-        gains += step_gains(g, clipped(u) if clip else u, "adam", size, leave_out=False)
-    return LAMS[gains.index(max(gains))]
+def best_lam(sums, size=1.0):
+    """The λ along which a step of Adam gains most, of `sums_by_lam`."""
+    gains = {lam: step_gains(sums[lam][:1], "adam", size)[0] for lam in sums}
+    return max(gains, key=gains.get)
 
 
 def mean_of_two(gains):
@@ -719,34 +734,29 @@ def mean_of_two(gains):
     return (mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2
 
 
-def chosen_on_one_half(g, m, size=1.0, clip=True):
-    """{"lam", "gain"}: the best λ by each half of the minibatches, and what it gains in the other; means.
+def chosen_on_one_half(halves, size=1.0):
+    """{"lam", "gain"}: the best λ by each half of the minibatches (their sums_by_lam), and its gain in the other; means.
 
     A λ that is chosen and valued on the same minibatches always looks as if it helped.
     """
     lams, gains = [], []
-    for here, there in (HALVES, HALVES[::-1]):
-        lam = best_lam(g[here], m[here], size, clip)
-        u_0, u = g[there], g[there] + lam * m[there]
-        if clip:
-            u_0, u = clipped(u_0), clipped(u)
+    for here, there in (halves, halves[::-1]):
+        lam = best_lam(here, size)
         lams.append(lam)
-        gains_0 = step_gains(g[there], u_0, "adam", size)
-        gains.append(relative_gain(step_gains(g[there], u, "adam", size), gains_0))
+        gains.append(relative_gain(there[lam], there[0.0], "adam", size))
     return {"lam": round(sum(lams) / 2, 3), "gain": mean_of_two(gains)}
 
 
-def value_of_a_proxy(g, m, lam_N):
+def value_of_a_proxy(g, m, lam_N, halves):
     """Of steps of Adam along g_i + λ_i m_i: mean of λ_i, gain over λ = 0, and regret against the best constant λ.
 
     That λ is the best by one half of the minibatches, the regret that of the other half; means.
     """
     u, regrets = clipped(g + lam_N[:, None] * m), []
-    for here, there in (HALVES, HALVES[::-1]):
-        u_best = clipped(g + best_lam(g[here], m[here]) * m)
-        mean, half = relative_gain(step_gains(g[there], u[there]), step_gains(g[there], u_best[there]))
+    for rows, here, there in zip(HALVES[::-1], halves, halves[::-1]):
+        mean, half = relative_gain(sums_of(g[rows], u[rows]), there[best_lam(here)])
         regrets.append((-mean, half))
-    gain = relative_gain(step_gains(g, u), step_gains(g, clipped(g)))
+    gain = relative_gain(sums_of(g, u), sums_of(g, clipped(g)))
     return {"lam": lam_N.mean().item(), "gain": gain, "regret": mean_of_two(regrets)}
 
 
