@@ -139,6 +139,7 @@ def parts_of(model):
 def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
     """Nothing in detach; elsewhere λ times what open doors let through. What the heads learn does not depend on λ."""
     model, heads = tiny(tied=tied, design=design)
+    assert (model.lm_head.weight is model.wte.weight) == tied
     mb, row = minibatch(model, heads), occ.REGIMES[regime]
     lam, phi = torch.ones(()), list(heads.parameters())
     door = 0.0 if row.rule == "cut" else lam

@@ -71,17 +71,8 @@ def test_the_kernels_compile_for_sm_90_without_spills_and_with_tensor_cores(tmp_
     for kind, kernel, stack, wgmma, shared in rows:
         assert stack == "0", f"{kernel} of {kind} spills registers"
         assert int(wgmma) > 0 or kind == "fp32", f"{kernel} of {kind} does not use tensor cores"
-        assert int(shared) <= (227 if kind != "fp32" else 99) * 1024  # what sm_90 has, and what small GPUs have
-
-
-def test_a_forced_triton_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    mtp.why_no_triton.cache_clear()
-    h, W, target = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])
-    with pytest.raises(ValueError, match="impl: 'triton' cannot run here: tensors are on the cpu, not on cuda"):
-        mtp.linear_logp(h, W, target, impl="triton")
-    with pytest.raises(ValueError, match="it has no torch.float64"):
-        mtp.linear_logp(h.double(), W.double(), target, impl="triton")
+        most = 99 if kind == "fp32" else 227  # KiB of small GPUs, and of sm_90
+        assert int(shared) <= most * 1024, f"{kernel} of {kind} takes too much shared memory"
 
 
 def wrong_statistics(h, W, target, temperature):
@@ -95,7 +86,6 @@ def wrong_dz(h, W, target, top, log_sum, g, temperature):
 DISAGREE = "its kernels disagree with naive on a small random input"
 TRIALS = {  # functions that take the place of mtp's, and what is said of them
     "not installed": ({"kernels": Mock(side_effect=ImportError("no\n module"))}, "ImportError: no module"),
-    "broken": ({"triton_statistics": Mock(side_effect=RuntimeError("memory"))}, "RuntimeError: memory"),
     "wrong forward": ({"triton_statistics": wrong_statistics, "triton_dz": mtp.chunked_dz}, DISAGREE),
     "wrong backward": ({"triton_statistics": mtp.chunked_statistics, "triton_dz": wrong_dz}, DISAGREE),
     "right": ({"triton_statistics": mtp.chunked_statistics, "triton_dz": mtp.chunked_dz}, ""),
