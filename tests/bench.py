@@ -79,11 +79,11 @@ def seconds_of(function, *args):
     return time.perf_counter() - began
 
 
-def phases(settings, repeats):
+def phases(repeats):
     """Where the time of a step of occ goes, as rows of a table."""
     rows = []
-    for name in settings:
-        learner = Learner(**SETTINGS[name])
+    for name, setting in SETTINGS.items():
+        learner = Learner(**setting)
         steps = [learner.step(step) for step in range(repeats + 1)][1:]
         whole = statistics.median(seconds for seconds, _ in steps)
         tokens = statistics.median(record["response_length/sum"] for _, record in steps)
@@ -96,11 +96,11 @@ def phases(settings, repeats):
     return evaluation.markdown(head, rows)
 
 
-def regimes(settings, repeats):
+def regimes(repeats):
     """Seconds a step over those of the first regime, in turn, as rows of a table."""
     rows = []
-    for name in settings:
-        learners = {regime: Learner(regime=regime, **SETTINGS[name]) for regime in REGIMES}
+    for name, setting in SETTINGS.items():
+        learners = {regime: Learner(regime=regime, **setting) for regime in REGIMES}
         ratios = {regime: [] for regime in REGIMES}
         for step in range(repeats + 1):
             seconds = {regime: learner.step(step)[0] for regime, learner in learners.items()}
@@ -259,7 +259,6 @@ def peers():
 
 def main():
     parser = evaluation.Parser(__doc__)
-    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"some of {','.join(SETTINGS)}")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--logp", action="store_true")
     parser.add_argument("--peers", action="store_true")
@@ -270,15 +269,15 @@ def main():
         return
     rl.is_right = coin
     rl.ALGOS["dapo"] = dataclasses.replace(rl.ALGOS["dapo"], dynamic_sampling=False)
-    device, repeats, settings = gpt.find_device("auto"), args.repeats, args.settings.split(",")
+    device, repeats = gpt.find_device("auto"), args.repeats
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {device}; medians of {repeats}\n")
     if args.logp:
         print("\n".join(logp(repeats)))
     elif args.peers:
         print("\n".join(peers()))
     else:
-        print("\n".join(phases(settings, repeats)), "\n", flush=True)
-        print("\n".join(regimes(settings, repeats)), "\n", flush=True)
+        print("\n".join(phases(repeats)), "\n", flush=True)
+        print("\n".join(regimes(repeats)), "\n", flush=True)
         print("\n".join(speculative(repeats)))
 
 

@@ -97,10 +97,6 @@ def test_math_verify_is_asked_about_formulas_only(monkeypatch):
     assert asked == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The reproduction
-
-
 def test_products_across_rollouts_are_without_noise():
     G, M = torch.randn(40), torch.randn(40)
     free, seen = [], []

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import tiny
 
 import model as gpt
-from model import choose, generate, share
+from model import choose, generate
 
 
 def positions_seen(model, t, T=8):
@@ -71,19 +71,3 @@ def test_samples_follow_the_tempered_distribution():
 def test_impossible_tokens_are_never_chosen():
     logp = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).log_softmax(0).expand(3, 5)
     assert set(choose(logp, 1.0, torch.tensor([0.0, 0.5, 1 - 2**-24])).tolist()) == {1, 3}
-
-
-def test_too_long_a_prompt_is_refused():
-    model, _ = tiny(block=8)
-    with pytest.raises(ValueError, match=r"prompt of 5 tokens \+ max_new_tokens 4 = 9 exceeds block_size 8"):
-        generate(model, [[1] * 5], 1, 4, eos=0)
-    assert generate(model, [[1] * 4], 1, 4, eos=0)["tokens"].size(1) <= 8  # what just fits is sampled
-
-
-def test_shares_cover_everything_once(monkeypatch):
-    for size, n in ((1, 6), (2, 0), (2, 1), (2, 6), (3, 10), (7, 6), (7, 10)):
-        covered = []
-        for rank in range(size):
-            monkeypatch.setattr(gpt, "world", lambda rank=rank: (rank, size))
-            covered += list(range(n))[share(n)]
-        assert covered == list(range(n))

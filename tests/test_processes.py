@@ -22,27 +22,17 @@ VARIANTS = {
         prompts_per_step=1, updates_per_rollout=1, algo="reinforce"
     ),  # one process has nothing to do
     "own": {},  # here every process takes the λ of its own tokens: a plausible mistake
-    "stopped": dict(save_every=100),  # here one process is asked to stop in step 2
 }
 SCRIPT = """
-import json, os, sys
+import json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from conftest import coin
 import eval as evaluation, occ, rl, train
-rl.is_right, evaluation.plot = coin, lambda *args: None
-rollout, total, stop = rl.rollout, occ.total, []
+rl.is_right, evaluation.plot, total = coin, lambda *args: None, occ.total
 with evaluation.reporting("train.py"):
     for name, config in json.loads({configs!r}).items():
-        cfg = train.Config(**config)
         occ.total = (lambda x: x) if name == "own" else total
-        if name == "stopped":
-            def rollout_and_stop(*args):
-                if os.environ["RANK"] == "1" and cfg.out.endswith("stopped") and len(calls) == 1:
-                    stop.append(1)
-                calls.append(1)
-                return rollout(*args)
-            calls, rl.rollout = [], rollout_and_stop
-        print(name, train.main(cfg, stop=stop), flush=True)
+        train.main(train.Config(**config))
     train.dist.barrier()
     train.dist.destroy_process_group()
 """
@@ -100,14 +90,3 @@ def test_a_coefficient_for_each_process_would_be_seen(job):
     lams = [[r["occ/lam"] for r in metrics(runs["own"])[1:]] for runs in (one, two)]
     gaps = [abs(a - b) / max(abs(a), 0.1) for a, b in zip(*lams)]
     assert max(gaps) > 0.03 and any(lam != 0 for lam in lams[0])
-
-
-def test_a_stop_that_one_process_sees_stops_all_and_one_process_goes_on(job, monkeypatch):
-    one, two, out = job
-    assert out.count("stopped 130") == 2
-    assert f"stopped after step 2; go on with: python train.py --resume {two['stopped'].out}" in out
-    monkeypatch.setattr(rl, "is_right", coin)
-    monkeypatch.setattr(evaluation, "plot", lambda *args: None)
-    assert train.main(*train.command_line(["--resume", two["stopped"].out])) == 0
-    rewards = [[r["reward/mean"] for r in metrics(runs["stopped"])[1:]] for runs in (one, two)]
-    assert rewards[0] == rewards[1]

@@ -21,10 +21,6 @@ def test_the_tokenizer_of_bytes():
     assert tok.eot_token == 256 and tok.n_vocab == 257
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Problems
-
-
 def solved(prompt):
     """The answer of a prompt by Python's own arithmetic; numbers stand lowest digit first."""
     numbers = [int(digits[::-1]) for digits in re.findall(r"\d+", prompt)]
@@ -74,10 +70,6 @@ def test_answers_are_read_lowest_digit_first():
     problem = rl.Problem("add", "50+50=", "10")
     assert rl.is_right(problem, "####010") and rl.is_right(problem, "####01")
     assert not rl.is_right(problem, "####10") and not rl.is_right(problem, "010")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages
 
 
 def test_advantages_by_hand():
@@ -197,12 +189,11 @@ def test_neither_an_empty_response_nor_a_runaway_ratio_is_nan(name):
         assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, case["logp"])[0]).all()
 
 
-def test_k3_is_the_kl_on_average_never_negative_and_finite():
+def test_k3_is_the_kl_on_average_and_never_negative():
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
     each = torch.stack([rl.k3_kl(p[i : i + 1], q[i : i + 1], torch.ones(1)) for i in range(3)])
     assert (each >= 0).all() and rl.k3_kl(p, p, torch.ones(3)) == 0
     torch.testing.assert_close((p.exp() * each).sum(), (p.exp() * (p - q)).sum())
-    assert torch.isfinite(rl.k3_kl(torch.tensor([-1000.0]), torch.zeros(1), torch.ones(1)))
 
 
 def test_overlong_penalty():
@@ -211,10 +202,10 @@ def test_overlong_penalty():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rollout
+# Rollout and minibatches
 
 
-def scripted(monkeypatch, rewards, algo):
+def scripted(monkeypatch, rewards):
     """rl.rollout on numbered problems, with a sampler whose rewards follow the script."""
     rewards = iter(rewards)
 
@@ -227,35 +218,24 @@ def scripted(monkeypatch, rewards, algo):
     monkeypatch.setattr(rl, "sample", sample)
     problems = (rl.Problem("", "p", str(i)) for i in range(100))
     cfg = SimpleNamespace(**{**vars(CFG), "max_new_tokens": 10})
-    return rl.rollout(None, None, None, problems, rl.ALGOS[algo], cfg, None)
+    return rl.rollout(None, None, None, problems, rl.ALGOS["dapo"], cfg, None)
 
 
 def test_dynamic_sampling_replaces_groups_without_gradient(monkeypatch):
     script = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]
-    kept, record, _ = scripted(monkeypatch, script, "dapo")
+    kept, record, _ = scripted(monkeypatch, script)
     assert kept["tokens"][::2, 0].tolist() == [1, 3, 5]  # problems 0, 2 and 4 were all right or all wrong
     assert kept["reward"].tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     assert record["reward/frac_zero_std"] == 0.5 and record["reward/mean"] == pytest.approx(5 / 12)
     assert record["actor/entropy"] == pytest.approx(0.5) and record["response_length/mean"] == 2
 
 
-def test_dynamic_sampling_gives_up_after_some_rounds(monkeypatch):
-    kept, record, _ = scripted(monkeypatch, [[0.0, 0.0]] * 100, "dapo")
-    assert len(kept["tokens"]) == 0 and record["reward/frac_zero_std"] == 1.0
-    assert rl.minibatches(None, None, kept, torch.zeros(0), rl.ALGOS["dapo"], CFG) == []
-
-
 def test_the_overlong_penalty_is_in_the_reward_but_does_not_make_a_group_informative(monkeypatch):
     monkeypatch.setattr(rl, "overlong_penalty", lambda length_B, R: -torch.arange(len(length_B)) / 10)
     script = [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]] + [[0.0, 0.0]] * 9
-    kept, record, _ = scripted(monkeypatch, script, "dapo")
+    kept, record, _ = scripted(monkeypatch, script)
     assert kept["tokens"][::2, 0].tolist() == [1, 2] and record["reward/mean"] < 4 / 12
     torch.testing.assert_close(kept["reward"], torch.tensor([0.8, -0.3, -0.4, 0.5]))
-
-
-def test_without_dynamic_sampling_every_group_stays(monkeypatch):
-    kept, _, _ = scripted(monkeypatch, [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]], "grpo")
-    assert kept["tokens"][::2, 0].tolist() == [0, 1, 2]
 
 
 def test_a_sample_is_scored_by_its_text(monkeypatch):
@@ -268,10 +248,6 @@ def test_a_sample_is_scored_by_its_text(monkeypatch):
     assert samples["reward"].tolist() == [len(text) % 2 for text in texts]
     for tokens, mask, text in zip(samples["tokens"][:, 1:], samples["mask"], texts):
         assert tok.decode([t for t in tokens[mask].tolist() if t != 256]) == text
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The minibatch of an update
 
 
 def test_minibatches_are_whole_groups_and_old_logprobs_are_those_of_the_rollout():
@@ -336,8 +312,8 @@ def test_eos_has_a_weight_and_a_gradient():
 
 
 def test_the_updates_of_a_step_as_one_record():
-    updates = [
+    first, second = (
         {"a": 1.0, "mtp/ratio_max": 5.0, "occ/lam": 0.0},
         {"a": 2.0, "mtp/ratio_max": 3.0, "occ/lam": 0.4},
-    ]
-    assert rl.summary(updates) == {"a": 1.5, "mtp/ratio_max": 5.0, "occ/lam": 0.4}
+    )
+    assert rl.summary([first, second]) == {"a": 1.5, "mtp/ratio_max": 5.0, "occ/lam": 0.4}
