@@ -1,5 +1,7 @@
 """Heads score the tokens they say they score, and linear_logp is the log-softmax it replaces."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mtp
 
 DESIGNS = ("sequential", "parallel")
-IMPLS = ("naive", "chunked")
+IMPLS = (
+    ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("naive", "chunked")
+)  # see test_triton.py
 
 
 def reference(model, heads, tokens, temperature, offset=0):
@@ -90,6 +94,17 @@ def exact(h, W, targets, upstream, temperature=1.0):
     return logp.detach(), *torch.autograd.grad(logp, (h, W), upstream.double())
 
 
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Several chunks and tiles, with ragged edges. The trial of the kernels has the tiles of a GPU."""
+    for dtype, _ in PRECISIONS if IMPLS == ("triton",) else ():
+        assert mtp.why_no_triton("cpu", dtype) == ""
+    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64)  # 64 columns at a time
+    monkeypatch.setattr(mtp, "TILES", {size: dict(ROWS=16, COLUMNS=32, CHANNELS=16) for size in (2, 4)})
+    monkeypatch.setattr(mtp, "PROGRAMS", 6)
+    monkeypatch.setattr(mtp, "DZ_BYTES", 4 * 37 * 70)
+
+
 CASES = {  # N, C, V, scale of the logits, temperature, scale of the upstream gradients
     "small logits, ragged": (37, 20, 203, 0.1, 1.0, 1.0),
     "a multiple of every tile": (32, 32, 128, 1.0, 1.0, 1.0),
@@ -99,10 +114,14 @@ CASES = {  # N, C, V, scale of the logits, temperature, scale of the upstream gr
     "one token, two words": (1, 3, 2, 1.0, 1.3, 1.0),
     "no token": (0, 4, 9, 1.0, 1.0, 1.0),
 }
+PRECISIONS = ((torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**-8))
 
 
-def check_case(impl, case, dtype, rounding):
-    """Values and gradients against float64. Upstream gradients are signed, and a third of them zero."""
+@pytest.mark.parametrize("dtype, rounding", PRECISIONS)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", CASES)
+def test_linear_logp_against_float64(impl, case, dtype, rounding):
+    """Upstream gradients are signed, and a third of them zero. Half precision is accumulated in float32."""
     N, C, V, scale, temperature, upstream_scale = CASES[case]
     h = (torch.randn(N, C) * scale / C**0.5).to(dtype).requires_grad_()
     W = torch.randn(V, C).to(dtype).requires_grad_()
@@ -118,19 +137,8 @@ def check_case(impl, case, dtype, rounding):
         assert (got.double() - want).norm() <= (2 * rounding + 2**-20 * max(scale, 1)) * want.norm()
 
 
-HALVES = ((torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**-8))
-
-
-@pytest.mark.parametrize("dtype, rounding", HALVES)
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", CASES)
-def test_linear_logp_against_float64(impl, case, dtype, rounding, monkeypatch):
-    """Half precision is accumulated in float32: products in bfloat16 would miss log-probs by hundredths."""
-    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64 * CASES[case][0])  # 64 columns at a time
-    check_case(impl, case, dtype, rounding)
-
-
-def check_digits(impl):
+def test_linear_logp_loses_no_digits(impl):
     """No digits are lost to a common offset of all logits, nor of the log-prob of a nearly certain token.
 
     These logits are exact in float32. At 2^20 its numbers are 1/8 apart, and at 100 far enough to blur 4e-4.
@@ -147,7 +155,8 @@ def check_digits(impl):
         assert (logits[target] - (top + log_sum)).item() != expected  # the plausible formula that loses them
 
 
-def check_strides(impl):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_linear_logp_of_strided_inputs(impl):
     """The shape of the targets is kept, inputs may have strides, and gradients are the same bits each time."""
     h = torch.randn(8, 5, 4).transpose(0, 1)[..., ::2].requires_grad_()
     W = torch.randn(2, 150).T.requires_grad_()
@@ -162,20 +171,11 @@ def check_strides(impl):
         torch.testing.assert_close(first.double(), want, rtol=1e-4, atol=1e-5)
 
 
-def check_out_of_range(impl):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_linear_logp_refuses_targets_out_of_range(impl):
     for wrong in (-100, 3):
         with pytest.raises(ValueError, match=f"targets: {wrong} is out of range; allowed: 0 to 2"):
             mtp.linear_logp(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, wrong]), impl=impl)
-
-
-CHECKS = (check_digits, check_strides, check_out_of_range)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("check", CHECKS)
-def test_linear_logp_in_special_cases(check, impl, monkeypatch):
-    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64)  # chunks of 64 columns
-    check(impl)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -192,8 +192,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl, elements", (("naive", 100 * 1000), ("chunked", 1000 * 8)))
-def test_chunked_never_holds_the_logits(impl, elements, monkeypatch):
-    monkeypatch.setattr(mtp, "CHUNK_LOGITS", 64 * 100)
+def test_chunked_never_holds_the_logits(impl, elements):
     h, W = torch.randn(100, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
     with LargestTensor() as largest:
         mtp.linear_logp(h, W, torch.zeros(100, dtype=torch.long), impl=impl).sum().backward()
