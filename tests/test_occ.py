@@ -34,10 +34,6 @@ def test_lambda_zero_stops_what_is_not_finite():
     assert torch.equal(torch.autograd.grad(y, x)[0], torch.zeros(3))  # 0 · inf would be nan
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Coefficients
-
-
 def test_lambda_is_the_least_squares_coefficient():
     a, b = torch.randn(200), torch.randn(200)
     delta_rl, delta_mtp = a + 0.4 * b, b
@@ -79,10 +75,6 @@ def test_token_deltas_are_means_over_the_depths_that_score_the_token():
             assert delta_rl[b, t].item() == pytest.approx(change[b, t].item() if scored else 0, abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The decomposition
-
-
 @pytest.mark.parametrize("lam", (-0.5, 0.0, 0.3, 2.0))
 def test_decomposition_equals_a_measured_step(lam):
     """On the quadratic with gradient g and curvature -L everywhere, which is L-smooth with equality."""
@@ -106,10 +98,6 @@ def test_lam_star_is_the_top_of_the_parabola():
     assert best < 0 < top
     for d in (-0.1, -0.01, 0.01, 0.1):
         assert occ.delta_mtp(best + d, c, v2, eta, L) < top
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Isolation: regime × tied or not × implementation × design × part of the trunk
 
 
 def forward(model, heads, mb, kind, door=1.0, impl="naive"):
@@ -137,7 +125,10 @@ def parts_of(model):
 @pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("regime", ("detach", "ce", "policy", "occ", "exact"))
 def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
-    """Nothing in detach; elsewhere λ times what open doors let through. What the heads learn does not depend on λ."""
+    """Nothing in detach; elsewhere λ times what open doors let through, in each part of the trunk.
+
+    What the heads learn does not depend on λ.
+    """
     model, heads = tiny(tied=tied, design=design)
     assert (model.lm_head.weight is model.wte.weight) == tied
     mb, row = minibatch(model, heads), occ.REGIMES[regime]

@@ -122,7 +122,6 @@ def test_onestep_of_a_run(small, capsys):
     cfg = small(regime="occ", keep="2", prompts_per_step=8)
     train.main(cfg)
     capsys.readouterr()
-    weights = (evaluation.Path(cfg.out) / "ckpt.pt").read_bytes()
     arguments = ["onestep", cfg.out, "--rollouts", "12", "--checkpoint", "ckpt-2"]
     assert evaluation.main(evaluation.parse(arguments)) == 0
     said = capsys.readouterr().out
@@ -130,6 +129,5 @@ def test_onestep_of_a_run(small, capsys):
     assert said.count("Would MTP help this run") == 2 and "Lη of Adam's steps on fresh samples" in said
     found = json.loads((evaluation.Path(cfg.out) / "onestep-ckpt-2.json").read_text(encoding="utf-8"))
     assert found["responses"] == 16
-    assert (evaluation.Path(cfg.out) / "ckpt.pt").read_bytes() == weights
     with pytest.raises(ValueError, match="which are too few"):
         evaluation.main(evaluation.parse(["onestep", cfg.out, "--rollouts", "2"]))

@@ -95,9 +95,6 @@ def test_equal_groups_get_exactly_zero(kind, value):
     assert (adv[:2] == 0).all() and (adv[2] != 0).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses
-
 LENGTHS = (5, 1, 3, 4)
 
 
@@ -201,10 +198,6 @@ def test_overlong_penalty():
     torch.testing.assert_close(rl.overlong_penalty(lengths, 20), torch.tensor([0.0, 0.0, 0.0, -0.5, -1.0]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rollout and minibatches
-
-
 def scripted(monkeypatch, rewards):
     """rl.rollout on numbered problems, with a sampler whose rewards follow the script."""
     rewards = iter(rewards)
@@ -281,22 +274,17 @@ def test_mtp_loss_is_the_mean_over_depths(algo):
 
 
 def test_the_metrics_of_a_first_update():
-    """The agreement of head and trunk is the overlap of their distributions; the gap is to the sampler's log-probs."""
-    model, heads = tiny(depth=1)
-    with torch.no_grad():
-        model.lm_head.weight *= 2
-    tokens, _ = batch(lengths=((4, 1),) * 4000)
-    p = model(tokens)[:, 3].softmax(-1)
-    tokens[:, 4] = torch.multinomial(p, 1).squeeze(-1)  # on-policy
-    mask = torch.zeros(4000, 4, dtype=torch.bool)
-    mask[:, 3] = True
-    logp, logp_mtp, h = mtp.logprobs(model, heads, tokens, mask)
-    mb = {"logp": logp.detach() - 0.5 * mask, "mask": mask, "mask_mtp": mtp.aligned_mask(mask, 1)}
-    metrics = rl.first_update_metrics(logp, logp_mtp, mb)
-    q = model.logits(heads(h, model.wte(tokens))[0][:, 2]).softmax(-1)
-    overlap = torch.minimum(p, q).sum(-1).mean().item()
-    assert 0.2 < overlap < 0.95 and metrics["mtp/agreement_1"] == pytest.approx(overlap, abs=0.02)
-    assert metrics["rollout/logp_gap"] == pytest.approx(0.5, abs=1e-4)
+    """The share of drafts of head k that would be accepted is the mean of min(1, q/p) over the tokens it scores."""
+    p, q = torch.rand(3, 5), torch.rand(3, 2, 5)
+    mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
+    mb = {"logp": p.log() - 0.5, "mask": mask, "mask_mtp": mtp.aligned_mask(mask, 2)}
+    metrics = rl.first_update_metrics(p.log(), q.log(), mb)
+    for k in (1, 2):
+        accepted = [
+            min(1, (q[b, k - 1, t] / p[b, t]).item()) for b, n in enumerate((5, 3, 4)) for t in range(k, n)
+        ]
+        assert metrics[f"mtp/agreement_{k}"] == pytest.approx(sum(accepted) / len(accepted), rel=1e-5)
+    assert metrics["rollout/logp_gap"] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_eos_has_a_weight_and_a_gradient():

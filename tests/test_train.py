@@ -45,10 +45,6 @@ def fails(capsys, *argv):
     return error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run leaves
-
-
 VARIANTS = {
     "off": dict(algo="reinforce"),
     "detach": dict(tied=True),
@@ -182,10 +178,6 @@ def test_a_rollout_where_all_are_wrong_changes_nothing(small, monkeypatch):
     assert all(r["reward/frac_zero_std"] == 1 for r in metrics(cfg)[1:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Repeating, resuming and surviving
-
-
 def test_same_seed_same_log(small):
     logs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -242,16 +234,12 @@ def test_resumed_equals_unbroken(small, tmp_path, monkeypatch, changes, module, 
 def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(small, monkeypatch, capsys):
     longer, broken = small("longer", save_every=100, steps=6), small("broken", save_every=100)
     train.main(longer)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    handlers = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(train.signal, "signal", handlers.setdefault)
         stop = train.on_ctrl_c()
-        with monkeypatch.context() as patch:
-            before_call(patch, rl, "rollout", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-            assert train.main(broken, stop=stop) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second one ends it at once
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        before_call(patch, rl, "rollout", 3, lambda: handlers[signal.SIGINT](signal.SIGINT, None))
+        assert train.main(broken, stop=stop) == 130
     said = f"stopped after step 3; go on with: python train.py --resume {broken.out}"
     assert said in capsys.readouterr().out
     assert "--steps 2: must be 3 or more" in fails(capsys, "--resume", broken.out, "--steps", "2")
@@ -288,20 +276,12 @@ def test_two_runs_in_one_folder(small, capsys):
     assert before == {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes
-
-
 WRONG = [  # flags, and what must be said of them
     ("--regime mtp", "--regime mtp: must be one of off, detach, ce, policy, occ, exact, occ-ce, exact-ce"),
     ("--task add,gsm", "--task: unknown suite 'gsm'; allowed: arithmetic, or some of add,sub"),
     ("--task aime24", "--task aime24: a set to score on: python eval.py score RUN --suite aime24"),
-    ("--steps 0", "--steps 0: must be above 0"),
-    ("--n_embd 30", "--n_embd 30: must be a multiple of n_head = 4"),
-    ("--num_generations 1", "--num_generations 1: must be 2 or more"),
     ("--temperature 0", "--temperature 0.0: must be above 0"),
     ("--lr nan", "--lr nan: must be above 0"),
-    ("--lr fast", "invalid float value: 'fast'"),
     ("--max_new_tokens 4", "--max_new_tokens 4: must be 11 or more for this task and difficulty"),
     ("--device gpu", "--device gpu: cannot be used here"),
     ("--logp_impl triton", "--logp_impl triton: must be auto, naive or chunked here"),
@@ -344,10 +324,6 @@ def test_damaged_runs_are_refused_in_one_line(small, tmp_path, capsys):
                          (text.replace('"lam": 1.0, ', ""), "settings that differ: lam")):  # fmt: skip
         log.write_text(header, encoding="utf-8")
         assert said in fails(capsys, "--resume", cfg.out)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Any machine
 
 
 def test_every_flag_is_explained_and_fits_any_terminal():

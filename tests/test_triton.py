@@ -17,7 +17,7 @@ installed = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="T
 
 @installed
 def test_the_kernels_compute_what_they_should():
-    """In a process of its own, which runs the tests of linear_logp: the interpreter is chosen before Triton is imported."""
+    """By the tests of linear_logp, in a process of its own: the interpreter is chosen before Triton is imported."""
     command = "-m pytest -q -p no:cacheprovider tests/test_mtp.py -k linear_logp".split()
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
