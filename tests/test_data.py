@@ -27,7 +27,8 @@ def _no_file_is_remembered():
 
 
 def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
@@ -38,7 +39,7 @@ def sums(count, start=0):
 
 RECORDS = [  # a record, its problem, and its answer
     ({"question": "Two?", "answer": "It is <<1+1=2>>2.\n#### 1,004"}, "Two?", "1,004"),
-    ({"question": "q", "answer": "#### 18\nThe answer is: 18"}, "q", "18"),
+    ({"question": "a\u2028b", "answer": "#### 18\nThe answer is: 18"}, "a\u2028b", "18"),  # no end of a line
     ({"problem": " Half? ", "answer": "\\frac12"}, "Half?", "\\frac12"),
     ({"problem": "p", "question": "q", "answer": 27.0}, "p", "27"),
     ({"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}"}, "p", "\\frac{1}{2}"),
@@ -85,12 +86,6 @@ def test_files_that_are_none(tmp_path, content, said):
         (tmp_path / "some.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=f"some.jsonl: {said}"):
         rl.suites_of(str(tmp_path / "some.jsonl"))
-
-
-def test_a_line_separator_within_a_text_is_no_end_of_a_line(tmp_path):
-    path = tmp_path / "some.jsonl"
-    path.write_text('{"question": "a\u2028b", "answer": "1"}\n', encoding="utf-8")
-    assert rl.read_problems(str(path))[0].prompt == "a\u2028b\n"
 
 
 def test_what_is_missing_is_fetched_and_half_a_file_is_not_kept(tmp_path, monkeypatch):
@@ -174,7 +169,6 @@ EXTRACTED = [
     ("\\boxed{1} then \\boxed{2", "1"),  # the last one is cut off
     ("\\boxed{5}. One puts it in \\boxed{}, or \\boxed as here", "5"),  # which only mentions one
     ("so $\\boxed 5$", "5"),
-    ("\\boxed{1", None),
     ("Answer: 12\nAnswer: 13", "13"),
     ("***Answer***: **$42$**.", "$42$"),
     ("the answer is 7", None),  # never the whole text

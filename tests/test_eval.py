@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import math
 import re
 from pathlib import Path
@@ -38,6 +37,8 @@ def test_score_sample_and_plot_of_a_run(small, capsys, monkeypatch, tmp_path):
     cfg, other = (small(f"s{seed}", mtp_depth=2, task="add,sub", seed=seed) for seed in (0, 1))
     train.main(cfg)
     train.main(other)
+    losses = [evaluation.read_metrics(run.out)[1][1]["actor/loss"] for run in (cfg, other)]
+    assert losses[0] != losses[1]
 
     def said(*argv):
         capsys.readouterr()
@@ -79,15 +80,9 @@ def test_math_verify_is_asked_about_formulas_only(monkeypatch):
     monkeypatch.setitem(evaluation.sys.modules, "math_verify", fake)
     assert evaluation.equal_by_algebra("$2n-2$", "2(n-1)") and asked == ["$2n-2$", "$2(n-1)$"]
     asked.clear()
-    for gold, candidate in (
-        ("7", "8"),
-        ("n", "9**9**9"),
-        ("n", "9^{9^9}"),
-        ("n", "99999n"),
-        ("n", "9!"),
-        ("n", "n+" * 101),
-    ):
-        assert not evaluation.equal_by_algebra(gold, candidate)
+    assert not evaluation.equal_by_algebra("7", "8")
+    for candidate in ("9**9**9", "9^{9^9}", "99999n", "9!", "n+" * 101):
+        assert not evaluation.equal_by_algebra("n", candidate)
     assert asked == []
 
 
@@ -105,11 +100,10 @@ def test_products_across_rollouts_are_without_noise():
     assert math.isnan(evaluation.cosine(-1.0, 0.5, 1.0)) and evaluation.cosine(4.0, 1.0, 1.0) == 0.5
 
 
-@pytest.mark.parametrize("mean, half, above, below, said", [(1, 0.5, 0, math.inf, "reproduced"), (1, 2, 0, math.inf, "undecided"),
-                                                            (-1, 0.5, 0, math.inf, "not"), (0, 0.01, -0.05, 0.05, "reproduced"),
-                                                            (1, math.nan, 0, math.inf, "undecided")])  # fmt: skip
-def test_verdicts(mean, half, above, below, said):
-    assert evaluation.verdict(mean, half, above, below) == said
+def test_verdicts():
+    for mean, half, above, below, said in ((1, 0.5, 0, math.inf, "reproduced"), (1, 2, 0, math.inf, "undecided"),
+                                           (-1, 0.5, 0, math.inf, "not"), (0, 0.01, -0.05, 0.05, "reproduced")):  # fmt: skip
+        assert evaluation.verdict(mean, half, above, below) == said
 
 
 def test_claims_are_paired_by_seed():
@@ -143,8 +137,6 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     rows = list(csv.DictReader((out / "scores.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["regime"] for row in rows] == ["detach", "occ"] and rows[0]["n"] == "1"
     assert "| H4 | occ − detach, points |" in (out / "claims.md").read_text(encoding="utf-8")
-    found = json.loads((out / "occ-s0" / "onestep-ckpt.json").read_text(encoding="utf-8"))
-    assert found["rollouts"] == 24 and len(found["policy"]["adam"]) == len(evaluation.LAMS)
     starts = [evaluation.read_metrics(out / f"{label}-s0")[1][0]["eval/score"] for label in ("detach", "occ")]
     assert starts[0] == starts[1] and len(list((out / "base").glob("*.pt"))) == 1  # one base for both
 

@@ -185,9 +185,8 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.size = max(self.size, x.numel())
+        for x in torch.utils._pytree.tree_leaves(out):
+            self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
         return out
 
 

@@ -64,9 +64,9 @@ def test_the_released_code_averages_ratios_of_pairs():
 def test_token_deltas_are_means_over_the_depths_that_score_the_token():
     change, change_mtp = torch.randn(2, 4), torch.randn(2, 3, 4)
     mask = mtp.aligned_mask(torch.tensor([[False, True, True, True], [True, True, False, False]]), 3)
-    delta_rl, delta_mtp = occ.token_deltas(
-        change + 1, torch.ones(2, 4), change_mtp, torch.zeros(2, 3, 4), mask
-    )
+    before, before_mtp = torch.randn(2, 4), torch.randn(2, 3, 4)
+    args = before + change, before, before_mtp + change_mtp, before_mtp, mask
+    delta_rl, delta_mtp = occ.token_deltas(*args)
     for b in range(2):
         for t in range(4):
             of_depths = change_mtp[b, :, t][mask[b, :, t]]

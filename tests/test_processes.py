@@ -18,9 +18,7 @@ VARIANTS = {
     "hidden": dict(occ_proxy="hidden", algo="drgrpo", mtp_depth=2),
     "exact": dict(regime="exact", algo="gspo"),
     "grpo": dict(algo="grpo", speculative=True),
-    "single": dict(
-        prompts_per_step=1, updates_per_rollout=1, algo="reinforce"
-    ),  # one process has nothing to do
+    "single": dict(prompts_per_step=1, updates_per_rollout=1, algo="reinforce"),  # one has nothing to do
     "own": {},  # here every process takes the λ of its own tokens: a plausible mistake
 }
 SCRIPT = """
@@ -57,15 +55,8 @@ def job(tmp_path_factory):
     configs = json.dumps({name: dataclasses.asdict(cfg) for name, cfg in two.items()})
     script = folder / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), configs=configs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
+    run = subprocess.run([*torchrun, str(script)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return one, two, run.stdout
 
