@@ -8,6 +8,7 @@ import os
 import random
 
 import pytest
+import torch
 from conftest import ROOT
 
 import eval as evaluation
@@ -152,13 +153,15 @@ def test_a_run_on_a_file_and_its_scores(small, tmp_path):
     assert "long: 1 prompts are longer than the" in score("--suite", long)  # only its end is read
 
 
-def test_the_cached_base_is_of_what_is_in_the_file(small, tmp_path):
-    path = write(tmp_path / "a.jsonl", *sums(40))
-    train.main(small("a", task=path, max_new_tokens=32))
-    write(tmp_path / "a.jsonl", *[{**s, "answer": f"First, {s['answer']}"} for s in sums(40)])
-    rl.read_problems.cache_clear()
-    train.main(small("b", task=path, max_new_tokens=32))
-    assert len(list((tmp_path / "base").glob("*.pt"))) == 2
+def test_a_base_is_shared_by_regimes_and_by_nothing_else(small, tmp_path):
+    first, bases = sums(40), []
+    second = [{**record, "answer": f"First, {record['answer']}"} for record in first]
+    for records, changes in ((first, {}), (first, dict(regime="detach", lr=1e-5)), (first, dict(seed=1)),
+                             (first, dict(careless=0.1)), (second, {})):  # fmt: skip
+        cfg = small(task=write(tmp_path / "a.jsonl", *records), max_new_tokens=32, **changes)
+        train.pretrained(cfg, torch.device("cpu"))
+        bases.append(len(list((tmp_path / "base").iterdir())))
+    assert bases == [1, 1, 2, 3, 4]
 
 
 EXTRACTED = [

@@ -97,7 +97,7 @@ def test_products_across_rollouts_are_without_noise():
     error = torch.tensor(free).std().item() / math.sqrt(200)
     assert abs(sum(free) / 200 - (G @ M).item()) < 4 * error
     assert sum(seen) / 200 - (G @ M).item() == pytest.approx(40, rel=0.1)  # what a minibatch sees
-    assert math.isnan(evaluation.cosine(-1.0, 0.5, 1.0)) and evaluation.cosine(4.0, 1.0, 1.0) == 0.5
+    assert evaluation.cosine(4.0, 1.0, 1.0) == 0.5
 
 
 def test_verdicts():

@@ -210,6 +210,7 @@ def test_dynamic_sampling_replaces_groups_without_gradient(monkeypatch):
     assert kept["reward"].tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     assert record["reward/frac_zero_std"] == 0.5 and record["reward/mean"] == pytest.approx(5 / 12)
     assert record["actor/entropy"] == pytest.approx(0.5) and record["response_length/mean"] == 2
+    assert record["response_length/clip_ratio"] == 0
 
 
 def test_the_overlong_penalty_is_in_the_reward_but_does_not_make_a_group_informative(monkeypatch):
