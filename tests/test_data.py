@@ -201,12 +201,10 @@ def test_numbers_are_equal_however_they_are_written():
     assert len(numeric) >= 200 and len(wrong) <= 0.01 * len(numeric), wrong
 
 
-@pytest.mark.parametrize(
-    "gold, candidate", [("Blue  Whale", "blue whale"), ("(3,4)", "$(3,4)$"), ("x+1", "x+1.")]
-)
-def test_other_answers_are_compared_as_text(gold, candidate):
-    assert rl.answers_equal(gold, candidate)
-    assert not rl.answers_equal(gold, candidate + "0") and not rl.answers_equal(gold, None)
+def test_other_answers_are_compared_as_text():
+    for gold, candidate in (("Blue  Whale", "blue whale"), ("(3,4)", "$(3,4)$"), ("x+1", "x+1.")):
+        assert rl.answers_equal(gold, candidate)
+        assert not rl.answers_equal(gold, candidate + "0") and not rl.answers_equal(gold, None)
 
 
 HOSTILE = [

@@ -125,10 +125,7 @@ def parts_of(model):
 @pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("regime", ("detach", "ce", "policy", "occ", "exact"))
 def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
-    """Nothing in detach; elsewhere λ times what open doors let through, in each part of the trunk.
-
-    What the heads learn does not depend on λ.
-    """
+    """In detach nothing, else λ times what open doors let through. What the heads learn does not depend on λ."""
     model, heads = tiny(tied=tied, design=design)
     assert (model.lm_head.weight is model.wte.weight) == tied
     mb, row = minibatch(model, heads), occ.REGIMES[regime]

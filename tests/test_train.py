@@ -326,7 +326,7 @@ def test_every_flag_is_explained_and_fits_any_terminal():
 
 
 def test_sources_do_not_depend_on_the_machine():
-    """open, read_text and write_text without an encoding take the machine's. OMP_WAIT_POLICY is read by torch's import."""
+    """Files opened without an encoding take the machine's, and torch reads OMP_WAIT_POLICY when it is imported."""
     for name in ("model", "mtp", "occ", "rl", "eval", "train"):
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         for line in source.splitlines():
