@@ -133,6 +133,7 @@ def test_the_probe_tells_the_lambda_that_the_update_uses(small, name, changes):
     assert len(probes) == 2
     for r in probes:
         assert r["occ/lam"] == pytest.approx(r[f"occ/{name}"], rel=1e-3) and r["occ/lam"] != 0
+        assert r["occ/v2_frozen"] != pytest.approx(r["occ/v2_hat"], rel=1e-3)  # the heads have moved since
 
 
 def test_released_puts_lambda_inside_the_clip(small, monkeypatch):
