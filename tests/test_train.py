@@ -67,7 +67,6 @@ def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
     files = {"metrics.jsonl", "ckpt.pt", "ckpt-0.pt", "ckpt-4.pt", "samples.txt", "curves.png"}
     assert {p.name for p in Path(cfg.out).iterdir()} == files
     header, records = evaluation.read_metrics(cfg.out)
-    assert set(header) == {"config", "seed", "commit", "versions", "device", "logp_impl"}
     assert header["config"] == dataclasses.asdict(cfg)
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
     for r in records:
@@ -133,7 +132,8 @@ def test_the_probe_tells_the_lambda_that_the_update_uses(small, name, changes):
     assert len(probes) == 2
     for r in probes:
         assert r["occ/lam"] == pytest.approx(r[f"occ/{name}"], rel=1e-3) and r["occ/lam"] != 0
-        assert r["occ/v2_frozen"] != pytest.approx(r["occ/v2_hat"], rel=1e-3)  # the heads have moved since
+        if not cfg.released:  # there the other base is nearly all of δ_MTP
+            assert r["occ/v2_frozen"] != pytest.approx(r["occ/v2_hat"], rel=1e-3)  # the heads have moved
 
 
 def test_released_puts_lambda_inside_the_clip(small, monkeypatch):
