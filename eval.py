@@ -26,6 +26,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import importlib.util
 import inspect
@@ -797,26 +798,21 @@ def reproduce(args):
     threads, failed = max((os.cpu_count() or 1) // args.jobs, 1), []
     bar = tqdm(total=len(plan), desc="runs", disable=None)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for wave in (
-            plan[: len(seeds)],
-            plan[len(seeds) :],
-        ):  # the first run of a seed pretrains for the others
+        # The first run of a seed pretrains for the others.
+        for wave in (plan[: len(seeds)], plan[len(seeds) :]):
             for line in pool.map(train_one, wave, [threads] * len(wave)):
-                failed.append(line)
+                failed += [line] if line else []
                 bar.update()
-        states = [
-            (out / f"{label}-s{s}", name) for label in ("detach", "occ") for s in seeds for name in STATES
-        ]
+        finished = len(plan) - len(failed)
+        folders = [out / f"{label}-s{s}" for label in ("detach", "occ") for s in seeds]
+        states = list(itertools.product(folders, STATES))
         found = pool.map(measure_one, states, [rollouts] * len(states), [threads] * len(states))
-        failed += tqdm(found, "one step", len(states), disable=None)
-    failed = [line for line in failed if line]
+        failed += [line for line in tqdm(found, "one step", len(states), disable=None) if line]
     draw(out, steps)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
-    print(
-        f"{len(plan)} runs in {minutes:.1f} minutes, {len(failed)} failures; figures and tables are in {out}"
-    )
+    print(f"{finished} of {len(plan)} runs in {minutes:.1f} minutes; figures and tables are in {out}")
     return 1 if failed else 0
 
 
@@ -1153,7 +1149,7 @@ def finish(figure, axes, path):
 
 
 def write_tables(out, runs, steps):
-    """Scores, differences to detach, predictions, proxies and claims, as Markdown."""
+    """Scores, differences to detach, predictions, proxies and claims."""
     suites = [name for name in next(iter(next(iter(runs.values())).values()))[0] if name.startswith("eval/")]
     names, scores, differences = [name.removeprefix("eval/") for name in suites], [], []
     for label, seeds in runs.items():
@@ -1163,15 +1159,15 @@ def write_tables(out, runs, steps):
         if shared:
             gaps = [[final(seeds[i], s) - final(runs["detach"][i], s) for i in shared] for s in suites]
             differences.append([label, len(shared), *(cell(over_seeds(gap)) for gap in gaps)])
-    write_table(out / "scores.md", ["regime", "n", *names], scores)
-    write_table(out / "differences.md", ["regime − detach", "n", *names], differences)
+    write_table(out / "scores", ["regime", "n", *names], scores)
+    write_table(out / "differences", ["regime − detach", "n", *names], differences)
     if "detach" in runs:
         head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
-        write_table(out / "predictions.md", head, predictions(out, runs, steps))
+        write_table(out / "predictions", head, predictions(out, runs, steps))
     head = ["λ", "n", "bias", "rank correlation", "regret, %"]
-    write_table(out / "proxies.md", head, judged_proxies(out))
+    write_table(out / "proxies", head, judged_proxies(out))
     head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
-    write_table(out / "claims.md", head, judged_claims(runs))
+    write_table(out / "claims", head, judged_claims(runs))
 
 
 def cell(interval, digits=1):
@@ -1188,7 +1184,10 @@ def markdown(head, rows):
 
 
 def write_table(path, head, rows):
-    path.write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
+    """As Markdown and as CSV."""
+    Path(f"{path}.md").write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([head, *rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -365,6 +365,10 @@ class Run:
             kept = lines[:1]
             kept += [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= last]
             os.truncate(self.metrics.fileno(), len("".join(kept).encode()))
+            samples = self.dir / "samples.txt"
+            lines = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.exists() else []
+            kept = [line for line in lines if int(line.split()[1]) <= last]
+            samples.write_text("".join(kept), encoding="utf-8")
 
     def write(self, record):
         """One line of metrics.jsonl."""

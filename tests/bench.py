@@ -1,9 +1,8 @@
 """How fast a step is, where its time goes, what the regimes cost, and how that compares with others.
 
-    python tests/bench.py                      # phases, regimes, KV cache, speculative sampling
-    python tests/bench.py --logp               # log-probs from hidden states: ours, torch's, Liger, CCE
-    python tests/bench.py --peers              # samples/s beside TRL's GRPOTrainer, where trl is installed
-    python tests/bench.py --growth growth.png  # seconds against batch, length and number of heads
+    python tests/bench.py            # phases, regimes, speculative sampling
+    python tests/bench.py --logp     # log-probs from hidden states: ours, torch's, Liger, CCE
+    python tests/bench.py --peers    # samples/s beside TRL's GRPOTrainer, where trl is installed
 
 The model is untrained and a coin decides rewards: speed does not depend on what has been learnt. The learning rate is
 next to nothing, so that all regimes sample the same tokens; dynamic sampling and probes are off. What is compared takes
@@ -37,16 +36,7 @@ import rl
 import train
 
 SETTINGS = {"default": {}, "wide": dict(n_layer=6, n_embd=256, max_new_tokens=48)}
-REGIMES = [
-    "detach",
-    "off",
-    "ce",
-    "policy",
-    "occ",
-    "exact",
-    "occ-ce",
-]  # the first is what others are divided by
-GROWTH = {"prompts_per_step": (8, 32, 128), "max_new_tokens": (16, 64), "mtp_depth": (1, 2, 4)}
+REGIMES = ["detach", "off", "ce", "policy", "occ", "exact", "occ-ce"]  # others are divided by the first
 LOGP_SHAPES = {  # N tokens, C channels, V words
     "cpu": ((65536, 128, 64), (16384, 128, 576), (8192, 256, 50304)),
     "cuda": ((16384, 768, 50304), (32768, 2048, 151936)),
@@ -89,35 +79,11 @@ def seconds_of(function, *args):
     return time.perf_counter() - began
 
 
-def matmul_peak(device, repeats):
-    """FLOP/s of a large product of two matrices in the dtype of training."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=gpt.hidden_dtype(device))
-    return 2 * n**3 / statistics.median([seconds_of(torch.mm, a, b) for _ in range(repeats + 1)][1:])
-
-
-def useful_flops(learner, tokens):
-    """What one step cannot do without: two FLOPs a weight and token in a matrix product, six with gradients.
-
-    Not counted: attention, padding, the forward passes for old log-probs.
-    """
-    cfg, K = learner.cfg, learner.cfg.mtp_depth
-    samples = cfg.prompts_per_step * cfg.num_generations
-    prompts = [p.prompt for p in itertools.islice(rl.training_problems(cfg, 0), 1000)]
-    prompt = statistics.mean(map(len, prompts))
-    trunk = sum(p.numel() for p in learner.model.blocks.parameters() if p.ndim == 2)
-    heads = sum(p.numel() for p in learner.heads.parameters() if p.ndim == 2)
-    unembedding, positions = learner.model.lm_head.weight.numel(), samples * prompt + tokens
-    rollout = trunk * (cfg.prompts_per_step * prompt + tokens) + unembedding * tokens
-    update = (trunk + heads) * positions + (1 + K) * unembedding * tokens
-    return 2 * (rollout + 3 * update)
-
-
-def phases(settings, repeats):
+def phases(repeats):
     """Where the time of a step of occ goes, as rows of a table."""
     rows = []
-    for name in settings:
-        learner = Learner(**SETTINGS[name])
+    for name, setting in SETTINGS.items():
+        learner = Learner(**setting)
         steps = [learner.step(step) for step in range(repeats + 1)][1:]
         whole = statistics.median(seconds for seconds, _ in steps)
         tokens = statistics.median(record["response_length/sum"] for _, record in steps)
@@ -125,17 +91,16 @@ def phases(settings, repeats):
         for phase in ("rollout", "score", "update", "coefficient"):
             seconds = statistics.median(record[f"perf/{phase}_s"] for _, record in steps)
             row.append(f"{100 * seconds / whole:.1f} %")
-        rate, peak = useful_flops(learner, tokens) / whole, matmul_peak(learner.device, repeats)
-        rows.append([*row, f"{rate / 1e9:.0f}", f"{100 * rate / peak:.0f} %"])
-    head = "setting threads samples/s tokens/s rollout score update coefficient GFLOP/s of_the_peak".split()
+        rows.append(row)
+    head = "setting threads samples/s tokens/s rollout score update coefficient".split()
     return evaluation.markdown(head, rows)
 
 
-def regimes(settings, repeats):
+def regimes(repeats):
     """Seconds a step over those of the first regime, in turn, as rows of a table."""
     rows = []
-    for name in settings:
-        learners = {regime: Learner(regime=regime, **SETTINGS[name]) for regime in REGIMES}
+    for name, setting in SETTINGS.items():
+        learners = {regime: Learner(regime=regime, **setting) for regime in REGIMES}
         ratios = {regime: [] for regime in REGIMES}
         for step in range(repeats + 1):
             seconds = {regime: learner.step(step)[0] for regime, learner in learners.items()}
@@ -145,35 +110,14 @@ def regimes(settings, repeats):
     return evaluation.markdown(["setting", *REGIMES], rows)
 
 
-def prompts_of(learner, count):
-    problems = itertools.islice(rl.training_problems(learner.cfg, 0), count)
-    return [learner.tok.encode_ordinary(problem.prompt) for problem in problems]
-
-
-@torch.no_grad()
-def without_cache(model, prompts, G, new):
-    """Decoding by whole forward passes."""
-    tokens, length = gpt.pad([row for row in prompts for _ in range(G)], model.wte.weight.device)
-    tokens, row = F.pad(tokens, (0, new)), torch.arange(len(tokens))
-    for i in range(new):
-        h = model.hidden(tokens[:, : int(length.max()) + i])[row, length + i - 1]
-        logp = gpt.tempered(model.logits(h), 1.0)
-        tokens[row, length + i] = gpt.choose(logp, 1.0, torch.rand(len(row)).to(logp.device))
-
-
-def sampling(repeats):
-    """The KV cache, and both clocks of speculative sampling (of the pretrained default base), as lines."""
-    learner, ratios = Learner(max_new_tokens=48), []
-    prompts = prompts_of(learner, 32)
-    for _ in range(repeats + 1):  # an end that never comes: all rows run to 48 tokens
-        cached = seconds_of(gpt.generate, learner.model, prompts, 8, 48, -1)
-        ratios.append(seconds_of(without_cache, learner.model, prompts, 8, 48) / cached)
-    lines = [f"Sampling 48 tokens with the KV cache, times as fast as without: {shown(ratios[1:], 1)}"]
-    learner = Learner()
+def speculative(repeats):
+    """Both clocks of speculative sampling with the pretrained default base, as lines."""
+    learner, lines = Learner(), []
     evaluation.load_weights(train.pretrained(learner.cfg, learner.device), learner.model, learner.heads)
     for P, G in ((32, 8), (4, 1)):
-        args = prompts_of(learner, P), G, 16, learner.tok.eot_token
-        ratios = []
+        problems = itertools.islice(rl.training_problems(learner.cfg, 0), P)
+        prompts = [learner.tok.encode_ordinary(problem.prompt) for problem in problems]
+        args, ratios = (prompts, G, 16, learner.tok.eot_token), []
         for _ in range(repeats + 1):
             plain = seconds_of(gpt.generate, learner.model, *args)
             ratios.append(seconds_of(mtp.speculative_generate, learner.model, learner.heads, *args) / plain)
@@ -182,32 +126,6 @@ def sampling(repeats):
         lines.append(f"Speculative, {P} prompts x {G}: {calls:.2f} tokens a pass of the trunk, {shown(ratios[1:])} x the "
                      "seconds of plain sampling")  # fmt: skip
     return lines
-
-
-def growth(path, repeats):
-    """Draw seconds a step and a token against each setting of GROWTH, over those at its smallest value."""
-    plt = evaluation.pyplot()
-    figure, axes = plt.subplots(
-        1, len(GROWTH), figsize=(4.5 * len(GROWTH), 4), layout="constrained", sharey=True
-    )
-    for axis, (name, values) in zip(axes, GROWTH.items()):
-        steps, tokens = [], []
-        for value in values:
-            learner = Learner(**{name: value})
-            timed = [learner.step(step) for step in range(repeats + 1)][1:]
-            steps.append(statistics.median(seconds for seconds, _ in timed))
-            tokens.append(statistics.median(s / record["response_length/sum"] for s, record in timed))
-        times = [value / values[0] for value in values]
-        axis.plot(times, times, "--", color="gray", label="in proportion")
-        axis.plot(times, [s / steps[0] for s in steps], "o-", label="seconds a step")
-        axis.plot(times, [s / tokens[0] for s in tokens], "o-", label="seconds a token")
-        axis.set(xlabel=f"times --{name} {values[0]}", xscale="log", yscale="log", xticks=times)
-        axis.set_xticklabels([f"x{t:g}" for t in times])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    return [str(path)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,9 +143,7 @@ def logp_peers(device):
         peers["triton"] = ours("triton")
     peers["naive, torch.compile"] = torch.compile(peers["naive"])
     if hasattr(F, "linear_cross_entropy"):
-        peers["torch, linear_cross_entropy"] = lambda h, W, t: (
-            -F.linear_cross_entropy(h, W, t, reduction="none")
-        )
+        peers["torch"] = lambda h, W, t: -F.linear_cross_entropy(h, W, t, reduction="none")
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -261,13 +177,11 @@ def logp(repeats):
                 errors[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
         rows = []
         for name, seconds in times.items():
+            row = [name, "-", "-", errors[name]]
             if len(seconds) > repeats:
                 ratios = [a / b for a, b in zip(seconds[1:], times["naive"][1:])]
-                rows.append(
-                    [name, f"{1e3 * statistics.median(seconds[1:]):.1f}", shown(ratios), errors[name]]
-                )
-            else:
-                rows.append([name, "-", "-", errors[name]])
+                row[1:3] = f"{1e3 * statistics.median(seconds[1:]):.1f}", shown(ratios)
+            rows.append(row)
         auto = mtp.pick_impl("auto", N, V, device, dtype)
         lines += ["", f"(N, C, V) = {(N, C, V)}; auto is {auto}", ""]
         lines += evaluation.markdown(["", "ms", "over naive", "error of logp"], rows)
@@ -317,17 +231,14 @@ def trl_samples_per_second(n_embd, n_layer, max_new_tokens, rollouts):
     return 256 / statistics.median(seconds)
 
 
-def peers(repeats):
+def peers():
     """Samples/s of TRL and of ours, three turns each, TRL in a process of its own."""
     if not importlib.util.find_spec("trl"):
         return ["trl is not installed: pip install trl"]
     rl.ALGOS["dapo"] = dataclasses.replace(rl.ALGOS["dapo"], overlong=False)  # 12 tokens are enough then
     env, rows = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}, []
     for name, setting in PEER_SETTINGS.items():
-        rollouts, found = (
-            (6 if name == "small" else 4),
-            {kind: [] for kind in ("TRL", "off", "detach", "occ")},
-        )
+        rollouts, found = 6 if name == "small" else 4, {"TRL": [], "off": [], "detach": [], "occ": []}
         for _ in range(3):
             command = [sys.executable, __file__, "--trl", name, str(rollouts)]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -342,29 +253,15 @@ def peers(repeats):
         trl = statistics.median(found["TRL"])
         ratios = [f"{statistics.median(found[kind]) / trl:.1f}" for kind in ("off", "detach", "occ")]
         rows.append([name, *(shown(values, 0) for values in found.values()), *ratios, f"{length:.1f}"])
-    head = [
-        "setting",
-        "TRL, samples/s",
-        "off",
-        "detach",
-        "occ",
-        "off / TRL",
-        "detach / TRL",
-        "occ / TRL",
-        "our length",
-    ]
+    head = "setting TRL,_samples/s off detach occ off/TRL detach/TRL occ/TRL our_length".split()
     return ["Our vocabulary is 257, TRL's is 15.", "", *evaluation.markdown(head, rows)]
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--settings", default=",".join(SETTINGS), help=f"some of {','.join(SETTINGS)}")
+    parser = evaluation.Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--logp", action="store_true")
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--growth", metavar="PICTURE")
     parser.add_argument("--trl", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trl:
@@ -372,21 +269,16 @@ def main():
         return
     rl.is_right = coin
     rl.ALGOS["dapo"] = dataclasses.replace(rl.ALGOS["dapo"], dynamic_sampling=False)
-    print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores, {gpt.find_device('auto')}; medians of {args.repeats}\n"
-    )
-    settings = args.settings.split(",")
+    device, repeats = gpt.find_device("auto"), args.repeats
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {device}; medians of {repeats}\n")
     if args.logp:
-        parts = [lambda: logp(args.repeats)]
+        print("\n".join(logp(repeats)))
     elif args.peers:
-        parts = [lambda: peers(args.repeats)]
-    elif args.growth:
-        parts = [lambda: growth(args.growth, args.repeats)]
+        print("\n".join(peers()))
     else:
-        parts = [lambda: phases(settings, args.repeats), lambda: regimes(settings, args.repeats),
-                 lambda: sampling(args.repeats)]  # fmt: skip
-    for part in parts:
-        print("\n".join(part()), "\n", flush=True)
+        print("\n".join(phases(repeats)), "\n", flush=True)
+        print("\n".join(regimes(repeats)), "\n", flush=True)
+        print("\n".join(speculative(repeats)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the tests share: the project's root on the path, models small enough to compute by hand, and small runs."""
+"""What the tests share: the project's root on the path, small models, minibatches of random tokens, and small runs."""
 
 import os
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -56,6 +57,29 @@ def shake(*modules, scale=0.02):
         for module in modules:
             for p in module.parameters():
                 p.add_(scale * torch.randn_like(p))
+
+
+CFG = SimpleNamespace(temperature=1.0, logp_impl="naive", updates_per_rollout=2, num_generations=2, max_new_tokens=8,
+                      mtp_depth=2, prompts_per_step=3, speculative=False, lam=0.5, lam_plus=1.0, occ_proxy="logprob")  # fmt: skip
+
+
+def minibatches(model, heads, algo="dapo", **changes):
+    """The sequences of `batch`, two groups of two, cut into minibatches as in training."""
+    tokens, mask = batch()
+    logp, _, _ = mtp.logprobs(model, None, tokens, mask)
+    samples = {"tokens": tokens, "mask": mask, "logp": logp.detach()}
+    cfg = SimpleNamespace(**{**vars(CFG), **changes})
+    adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    return rl.minibatches(model, heads, samples, adv, rl.ALGOS[algo], cfg)
+
+
+def minibatch(model, heads, algo="dapo"):
+    """All of it as one minibatch, with the log-probs from before an update that then happens."""
+    (mb,) = minibatches(model, heads, algo, updates_per_rollout=1)
+    logp, logp_mtp, _ = mtp.logprobs(model, heads, mb["tokens"], mb["mask"])
+    mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
+    shake(model, heads)
+    return mb
 
 
 SMALL = dict(lr=3e-4, n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu", steps=4,

@@ -1,6 +1,7 @@
 """Scores, samples, explanations, curves, and the reproduction with its statistics."""
 
-import json
+import csv
+import itertools
 import math
 import re
 from pathlib import Path
@@ -8,11 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PLOT, shake, tiny
+from conftest import PLOT
 
 import eval as evaluation
-import occ
-import rl
 import train
 
 
@@ -21,88 +20,57 @@ def run_command(*argv):
 
 
 def test_pass_at_k_by_enumeration():
-    from itertools import combinations
-
     for n, c, k in ((5, 2, 3), (6, 0, 2), (4, 4, 1), (7, 1, 7)):
-        samples = [1] * c + [0] * (n - c)
-        chosen = list(combinations(samples, k))
+        chosen = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(any(x) for x in chosen) / len(chosen))
 
 
 def test_intervals():
     mean, half = evaluation.interval([0.0, 100.0, 100.0, 0.0])
     assert (mean, half) == (50.0, pytest.approx(1.96 * math.sqrt(4 * 2500 / 3) / 2))
-    assert math.isnan(evaluation.interval([1.0])[1])
     mean, half = evaluation.over_seeds([1.0, 2.0, 3.0, math.nan])
-    assert (mean, half) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
-    assert evaluation.cell((2.0, half)) == "2.0 ± 2.5" and evaluation.cell((2.0, math.nan)) == "2.0 (n = 1)"
+    assert (mean, half) == (2.0, pytest.approx(4.30 / math.sqrt(3)))  # Student's t
+    assert math.isnan(evaluation.over_seeds([1.0])[1])
 
 
 def test_score_sample_and_plot_of_a_run(small, capsys, monkeypatch, tmp_path):
-    cfg = small(mtp_depth=2, task="add,sub")
+    cfg, other = (small(f"s{seed}", mtp_depth=2, task="add,sub", seed=seed) for seed in (0, 1))
     train.main(cfg)
-    capsys.readouterr()
-    run_command("score", cfg.out, "--k", "4", "--problems", "3", "--speculative")
-    lines = capsys.readouterr().out.splitlines()
+    train.main(other)
+    losses = [evaluation.read_metrics(run.out)[1][1]["actor/loss"] for run in (cfg, other)]
+    assert losses[0] != losses[1]
+
+    def said(*argv):
+        capsys.readouterr()
+        run_command(*argv)
+        return capsys.readouterr().out.splitlines()
+
+    lines = said("score", cfg.out, "--k", "4", "--problems", "3", "--speculative")
     assert lines[0] == "| suite | problems | avg@4 | pass@4 |" and lines[2].startswith("| add | 3 | ")
     assert lines[4].startswith("| all | 6 | ") and "spec/accept_rate_2" in lines[5]
-    run_command("sample", cfg.out, "47+85=", "--k", "2")
-    lines = capsys.readouterr().out.splitlines()
+    lines = said("sample", cfg.out, "47+85=", "--k", "2")
     assert "lowest digit first" in lines[0] and len(lines) == 3 and lines[1].startswith("'47+85=' -> '")
-    run_command("sample", cfg.out, "--k", "2", "--speculative")
-    lines = capsys.readouterr().out.splitlines()
+    lines = said("sample", cfg.out, "--k", "2", "--speculative")
     assert len(lines) == 2 + 2 * 2 * 2 and lines[2].startswith("reward ") and "[Brackets]" in lines[1]
     monkeypatch.setattr(evaluation, "plot", PLOT)
-    other = small("other", mtp_depth=2, task="add,sub", seed=1)
-    train.main(other)
-    picture = tmp_path / "both.png"
-    run_command("plot", cfg.out, other.out, "--out", str(picture))
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    said("plot", cfg.out, other.out, "--out", str(tmp_path / "both.png"))
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     groups = evaluation.group_runs([cfg.out, other.out])
     assert list(groups) == ["occ"] and len(groups["occ"]) == 2  # two seeds are one line
     with pytest.raises(ValueError, match="seed 0 of 'occ' is there already"):
         evaluation.group_runs([cfg.out, cfg.out])
 
 
-def test_commands_say_what_is_wrong(small):
-    off = small("off", regime="off", steps=1)
-    train.main(off)
-    for argv, line in ((["score", off.out, "--speculative"], "has no heads to draft with"),
-                       (["explain", off.out], "regime off has no heads"),
-                       (["score", off.out, "--k", "0"], "--k 0: must be 1 or more"),
-                       (["score", off.out, "--temperature", "nan"], "--temperature nan: must be 0 or more"),
-                       (["score", off.out, "--device", "gpu"], "--device gpu: cannot be used here"),
-                       (["score", off.out + "x"], "not a run: it has no metrics.jsonl"),
-                       (["reproduce", "--regimes", "occ,mtp"], "unknown 'mtp'; allowed: some of detach,ce")):  # fmt: skip
-        with pytest.raises(ValueError, match=re.escape(line)):
-            run_command(*argv)
-
-
-def test_accepted_drafts_are_marked():
-    tok = rl.get_tokenizer("bytes")
-    tokens = torch.tensor([*b"1+2=####3", 256])
-    mask = torch.tensor([False] * 4 + [True] * 6)
-    draft = torch.tensor([0] * 5 + [1, 2, 0, 1, 1])
-    assert evaluation.marked(tok, tokens, mask, draft) == "#[##]#[3]"
-
-
 def test_explain_shows_where_lambda_comes_from(small, capsys):
-    """ĉ/v̂² of the picture is the coefficient of the update; the ten most influential tokens are part of ĉ."""
     cfg = small(algo="drgrpo", num_generations=8, mtp_depth=2)
     train.main(cfg)
-    capsys.readouterr()
     run_command("explain", cfg.out)
     out = capsys.readouterr().out
     assert (Path(cfg.out) / "explain.png").read_bytes().startswith(b"\x89PNG")
     c, v2 = (float(re.search(rf"{name} = ([-\d.e+]+)", out)[1]) for name in ("ĉ", "v̂²"))
     lam = float(re.search(r"ratio of sums \(paper\): +([-\d.]+)", out)[1])
     assert v2 > 0 and lam == pytest.approx(c / v2, rel=1e-2, abs=1e-3)
-    for said in ("mean of ratios (released code)", "exact gradients", "ten most influential tokens make"):
-        assert said in out
-    one = small("one", updates_per_rollout=1, steps=1)
-    train.main(one)
-    with pytest.raises(ValueError, match="with one update a rollout every δ is 0"):
-        run_command("explain", one.out)
+    assert "mean of ratios (released code)" in out and "exact gradients" in out
 
 
 def test_math_verify_is_asked_about_formulas_only(monkeypatch):
@@ -112,14 +80,10 @@ def test_math_verify_is_asked_about_formulas_only(monkeypatch):
     monkeypatch.setitem(evaluation.sys.modules, "math_verify", fake)
     assert evaluation.equal_by_algebra("$2n-2$", "2(n-1)") and asked == ["$2n-2$", "$2(n-1)$"]
     asked.clear()
-    for gold, candidate in (("7", "8"), ("n", "9**9**9"), ("n", "9^{9^9}"), ("n", "99999n"), ("n", "9!"), ("n", None),
-                            ("n", "__import__('os')"), ("n", "n+" * 101)):  # fmt: skip
-        assert not evaluation.equal_by_algebra(gold, candidate)
+    assert not evaluation.equal_by_algebra("7", "8")
+    for candidate in ("9**9**9", "9^{9^9}", "99999n", "9!", "n+" * 101):
+        assert not evaluation.equal_by_algebra("n", candidate)
     assert asked == []
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The reproduction
 
 
 def test_products_across_rollouts_are_without_noise():
@@ -133,31 +97,25 @@ def test_products_across_rollouts_are_without_noise():
     error = torch.tensor(free).std().item() / math.sqrt(200)
     assert abs(sum(free) / 200 - (G @ M).item()) < 4 * error
     assert sum(seen) / 200 - (G @ M).item() == pytest.approx(40, rel=0.1)  # what a minibatch sees
-    assert math.isnan(evaluation.cosine(-1.0, 0.5, 1.0)) and evaluation.cosine(4.0, 1.0, 1.0) == 0.5
+    assert evaluation.cosine(4.0, 1.0, 1.0) == 0.5
 
 
-@pytest.mark.parametrize("mean, half, above, below, said", [(1, 0.5, 0, math.inf, "reproduced"), (1, 2, 0, math.inf, "undecided"),
-                                                            (-1, 0.5, 0, math.inf, "not"), (0, 0.01, -0.05, 0.05, "reproduced"),
-                                                            (1, math.nan, 0, math.inf, "undecided")])  # fmt: skip
-def test_verdicts(mean, half, above, below, said):
-    assert evaluation.verdict(mean, half, above, below) == said
+def test_verdicts():
+    for mean, half, above, below, said in ((1, 0.5, 0, math.inf, "reproduced"), (1, 2, 0, math.inf, "undecided"),
+                                           (-1, 0.5, 0, math.inf, "not"), (0, 0.01, -0.05, 0.05, "reproduced")):  # fmt: skip
+        assert evaluation.verdict(mean, half, above, below) == said
 
 
 def test_claims_are_paired_by_seed():
     """Seeds differ by 50 points and regimes by 1: only a difference seed by seed tells."""
-
-    def records(score):
-        return [
-            {"step": 0, "eval/score": 1.0},
-            *({"step": s, "eval/score": score, "occ/lam": 1.0 / s} for s in range(1, 11)),
-        ]
-
-    runs = {"detach": {seed: records(50.0 * seed) for seed in range(4)},
-            "occ": {seed: records(50.0 * seed + 1 + 0.1 * seed) for seed in range(4)}}  # fmt: skip
+    runs = {"detach": {}, "occ": {}}
+    for seed in range(4):
+        for label, score in (("detach", 50.0 * seed), ("occ", 50.1 * seed + 1)):
+            records = [{"step": s, "eval/score": score, "occ/lam": 1.0 / s} for s in range(1, 11)]
+            runs[label][seed] = [{"step": 0, "eval/score": 1.0}, *records]
     rows = {row[1]: row for row in evaluation.judged_claims(runs) if row[3]}
-    assert rows["occ − detach, points"][-1] == "reproduced" and rows["occ − detach, points"][2].startswith(
-        "1.150 ±"
-    )
+    points = rows["occ − detach, points"]
+    assert points[-1] == "reproduced" and points[2].startswith("1.150 ±")
     assert rows["occ: λ_t, first third − last"][3] == 4
 
 
@@ -165,40 +123,20 @@ def test_thirds_and_ends():
     records = [{"step": s, "x": float(s)} for s in range(1, 10)]
     assert evaluation.in_thirds(records, "x") == [2.0, 5.0, 8.0]
     assert evaluation.final(records, "x") == 8.5  # steps 8 and 9 are at least 0.8 · 9
-    assert evaluation.halvings([{"step": s, "v": 2.0 ** -(s // 4)} for s in range(1, 10)], "v") < 0
 
 
 def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, monkeypatch):
     """Two regimes, real processes; a run that broke down is named, the other is drawn."""
     out = tmp_path / "out"
-    arguments = [
-        "reproduce",
-        "--fast",
-        "--seeds",
-        "1",
-        "--steps",
-        "4",
-        "--regimes",
-        "detach,occ",
-        "--out",
-        str(out),
-    ]
+    arguments = f"reproduce --fast --seeds 1 --steps 4 --regimes detach,occ --out {out}".split()
     assert run_command(*arguments) == 0
     said = capsys.readouterr().out
-    assert (
-        said.startswith("2 runs in ")
-        and "0 failures" in said
-        and said.endswith(f"figures and tables are in {out}\n")
-    )
+    assert said.startswith("2 of 2 runs in ") and said.endswith(f"figures and tables are in {out}\n")
     names = ["1-scores", "2-terms", "3-decomposition", "4-proxies", "5-noise"]
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-    rows = (out / "scores.md").read_text(encoding="utf-8").splitlines()
-    assert rows[2].startswith("| detach | 1 | ") and rows[3].startswith("| occ | 1 | ")
-    assert len((out / "proxies.md").read_text(encoding="utf-8").splitlines()) == 2 + 8
+    rows = list(csv.DictReader((out / "scores.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["regime"] for row in rows] == ["detach", "occ"] and rows[0]["n"] == "1"
     assert "| H4 | occ − detach, points |" in (out / "claims.md").read_text(encoding="utf-8")
-    found = json.loads((out / "occ-s0" / "onestep-ckpt.json").read_text(encoding="utf-8"))
-    assert found["rollouts"] == 24 and len(found["policy"]["adam"]) == len(evaluation.LAMS)
-    assert set(evaluation.one_step(out, "detach")[0]) == {0, 4}  # the steps of its checkpoints
     starts = [evaluation.read_metrics(out / f"{label}-s0")[1][0]["eval/score"] for label in ("detach", "occ")]
     assert starts[0] == starts[1] and len(list((out / "base").glob("*.pt"))) == 1  # one base for both
 
@@ -206,22 +144,5 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     monkeypatch.setattr(evaluation.subprocess, "run", None)  # nothing is trained again
     assert run_command(*arguments) == 1
     captured = capsys.readouterr()
-    assert "1 failures" in captured.out and "occ-s0/ckpt.pt: not a readable checkpoint" in captured.err
-
-
-def test_a_run_with_other_settings_is_not_taken(tmp_path):
-    folder = tmp_path / "detach-s0"
-    folder.mkdir()
-    header = {"versions": {"nanoocc": evaluation.VERSION}, "config": {"regime": "occ"}, "seed": 0}
-    (folder / "metrics.jsonl").write_text(json.dumps(header) + "\n")
-    line = evaluation.train_one({"regime": "detach", "out": str(folder), "steps": 4}, 1)
-    assert "a run with --" in line and "name another --out" in line
-
-
-def test_weights_that_do_not_fit_are_refused():
-    model, heads = tiny()
-    shake(model, heads)
-    other, _ = tiny(channels=8)
-    with pytest.raises(ValueError, match="do not fit the sizes"):
-        evaluation.load_weights({"model": other.state_dict()}, model)
-    assert occ.REGIMES["off"].heads_loss is None
+    assert captured.out.startswith("1 of 2 runs in ")
+    assert "occ-s0/ckpt.pt: not a readable checkpoint" in captured.err

@@ -29,20 +29,18 @@ def commands():
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_parses(command, small, monkeypatch):
-    if command[0] == "pip":
-        assert (
-            command == ["pip", "install", "-r", "requirements.txt"] and (ROOT / "requirements.txt").exists()
-        )
-    elif "train.py" in command:
-        cfg = small()
-        train.main(cfg)
-        read = evaluation.read_run
-        monkeypatch.setattr(evaluation, "read_run", lambda folder: read(cfg.out))
+    if "train.py" in command:
+        if "--resume" in command:
+            cfg, read = small(), evaluation.read_run
+            train.main(cfg)
+            monkeypatch.setattr(evaluation, "read_run", lambda folder: read(cfg.out))
         train.command_line(command[command.index("train.py") + 1 :])
-    elif command[1] == "eval.py":
+    elif "eval.py" in command:
         evaluation.parse(command[2:])
+    elif command[0] == "pip":
+        assert (ROOT / command[-1]).exists()
     else:
-        assert command == ["python", "-m", "pytest", "-q", "tests"] or (ROOT / command[1]).exists()
+        assert command == "python -m pytest -q tests".split() or (ROOT / command[1]).exists()
 
 
 def test_every_logged_key_is_in_the_table_and_the_other_way_round(small):
@@ -70,20 +68,9 @@ def test_paper_code_and_test_names_exist():
     assert len(named) >= 8 and all(f"def {name}(" in tests for name in named)
 
 
-def test_regimes_and_methods_of_the_readme_are_those_of_the_code():
-    assert " ".join(occ.REGIMES) in README and " ".join(rl.ALGOS) in README
-    assert len(README.splitlines()) <= 190 and "@" not in re.sub(r"avg@|pass@|@article|@misc", "", README)
-
-
 def test_nothing_imports_upwards():
     order = ["model", "occ", "mtp", "rl", "eval", "train"]
     for i, name in enumerate(order):
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) & set(order)
         assert imported <= set(order[:i]), name
-
-
-def test_the_top_level_is_what_it_should_be():
-    allowed = "README.md requirements.txt model.py mtp.py rl.py occ.py train.py eval.py tests LICENSE out data".split()
-    names = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
-    assert names <= set(allowed) and names >= set(allowed) - {"out", "data"}

@@ -13,14 +13,14 @@ from mtp import speculative_generate
 KINDS = [("sequential", 1), ("sequential", 2), ("parallel", 2), ("sequential", 3), ("parallel", 3)]
 
 
-def taught(design, depth):
+def taught(design, depth, steps=50):
     """A tiny trunk, prompts, what it says to them greedily, and heads that have learnt most of that."""
     model, _ = tiny(vocab=5, depth=1, seed=33)  # a trunk whose responses are of all lengths
     _, heads = tiny(vocab=5, depth=depth, design=design)
     prompts = [random.Random(i).choices(range(1, 5), k=1 + i % 6) for i in range(60)]
     plain = generate(model, prompts, 1, 10, eos=0, temperature=0)
     optimizer = torch.optim.Adam(heads.parameters(), 0.01)
-    for _ in range(50):
+    for _ in range(steps):
         optimizer.zero_grad()
         _, logp_BKT, _ = mtp.logprobs(model, heads, plain["tokens"], plain["mask"])
         (-logp_BKT.sum() / mtp.aligned_mask(plain["mask"], depth).sum()).backward()
@@ -37,40 +37,25 @@ def test_greedy_is_plain_greedy(design, depth):
     torch.testing.assert_close(plain["logp"], drafted["logp"], rtol=0, atol=1e-5)
     lengths = plain["mask"].sum(1)
     assert lengths.min() < 5 and lengths.max() == 10  # some end, some run to the limit
-    assert not drafted["draft"][~drafted["mask"]].any()
     assert ((drafted["draft"] > 0) & (drafted["tokens"][:, 1:] == 0)).sum() > 5  # some end with a draft
-    for k in range(1, depth + 1):
-        assert (drafted["draft"] == k).sum() > 10
 
 
 @pytest.mark.parametrize("design, depth", KINDS)
-def test_drafts_come_from_the_true_tokens(design, depth, monkeypatch):
-    """After rejections too, every head drafts what it would from scratch: its cache holds no rejected draft's state.
-
-    A wrong one would still be lossless, only a worse drafter.
-    """
-    model, heads, prompts, _ = taught(design, depth)
-    honest_draft, rounds, rounds_of_a_row = mtp.draft, [], 0
-
-    def noted_draft(model, heads, caches, tokens, states, n_B, *rest):
-        log_q = honest_draft(model, heads, caches, tokens, states, n_B, *rest)
-        rounds.append((tokens.clone(), n_B.tolist(), log_q))
-        return log_q
-
-    monkeypatch.setattr(mtp, "draft", noted_draft)
-    out = speculative_generate(model, heads, prompts[:8], 1, 12, eos=99, temperature=0.7)  # 99: no end
-    for tokens, n_B, log_q in rounds:
-        for b, n in enumerate(n_B):
-            if n + 1 < len(prompts[b]) + 12:  # this row still goes on
-                assert torch.equal(tokens[b, : n + 1], out["tokens"][b, : n + 1])
-                row = tokens[b : b + 1, : n + depth + 1]  # with the drafts, which deeper heads read
-                depths = heads(model.hidden(row), model.wte(row))
-                expected = (torch.stack([model.logits(h[0, n - 1]) for h in depths]) / 0.7).log_softmax(-1)
-                torch.testing.assert_close(log_q[b], expected, rtol=0, atol=1e-4)
-                rounds_of_a_row += 1
-    assert (out["draft"] > 0).sum() < rounds_of_a_row * depth - 10  # some drafts were rejected
-    metrics = mtp.speculation_metrics(out["mask"], out["draft"], depth)
-    assert metrics["spec/accept_len"] == pytest.approx((8 * 12 - 8) / rounds_of_a_row)
+def test_drafts_are_what_the_heads_say_of_the_true_tokens(design, depth):
+    """No rejected draft stays in the heads' caches. That would still be lossless, with a worse drafter."""
+    model, heads, prompts, _ = taught(design, depth, steps=8)
+    out = speculative_generate(model, heads, prompts, 1, 10, eos=0, temperature=0)
+    tokens, rejected = out["tokens"], 0
+    said = [model.logits(h).argmax(-1) for h in heads(model.hidden(tokens), model.wte(tokens))]
+    for b in range(len(prompts)):
+        response = (1 + out["mask"][b].nonzero().flatten()).tolist()
+        k = 1  # the head whose turn it is; behind the last one's draft the trunk speaks
+        for t in response[1:]:
+            accepted = k <= depth and bool(said[k - 1][b, t - 1 - k] == tokens[b, t])
+            assert out["draft"][b, t - 1] == (k if accepted else 0)
+            rejected += k <= depth and not accepted
+            k = k + 1 if accepted else 1
+    assert rejected > 20 and (out["draft"] == depth).sum() > 10
 
 
 def chi2_against_the_trunk(design, depth, temperature, n=60_000, V=3, R=3):
