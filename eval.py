@@ -790,7 +790,7 @@ def reproduce(args):
     one that breaks down is named, and the others are drawn without it. The claims are CLAIMS; `verdict` decides.
     """
     out, start = Path(args.out or "out/reproduce"), time.perf_counter()
-    steps, rollouts = args.steps or (10 if args.fast else 250), 24 if args.fast else 48
+    steps, rollouts = args.steps or (10 if args.fast else 250), 16 if args.fast else 48
     common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
     seeds, plan = range(args.seeds or (2 if args.fast else 5)), []
     for label in args.regimes.split(","):

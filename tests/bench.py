@@ -79,6 +79,30 @@ def seconds_of(function, *args):
     return time.perf_counter() - began
 
 
+def matmul_peak(device, repeats):
+    """FLOP/s of a large product of two matrices in the dtype of training."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=gpt.hidden_dtype(device))
+    return 2 * n**3 / statistics.median([seconds_of(torch.mm, a, b) for _ in range(repeats + 1)][1:])
+
+
+def useful_flops(learner, tokens):
+    """What one step cannot do without: two FLOPs a weight and token in a matrix product, six with gradients.
+
+    Not counted: attention, padding, the forward passes for old log-probs.
+    """
+    cfg, K = learner.cfg, learner.cfg.mtp_depth
+    samples = cfg.prompts_per_step * cfg.num_generations
+    prompts = [p.prompt for p in itertools.islice(rl.training_problems(cfg, 0), 1000)]
+    prompt = statistics.mean(map(len, prompts))
+    trunk = sum(p.numel() for p in learner.model.blocks.parameters() if p.ndim == 2)
+    heads = sum(p.numel() for p in learner.heads.parameters() if p.ndim == 2)
+    unembedding, positions = learner.model.lm_head.weight.numel(), samples * prompt + tokens
+    rollout = trunk * (cfg.prompts_per_step * prompt + tokens) + unembedding * tokens
+    update = (trunk + heads) * positions + (1 + K) * unembedding * tokens
+    return 2 * (rollout + 3 * update)
+
+
 def phases(repeats):
     """Where the time of a step of occ goes, as rows of a table."""
     rows = []
@@ -91,8 +115,9 @@ def phases(repeats):
         for phase in ("rollout", "score", "update", "coefficient"):
             seconds = statistics.median(record[f"perf/{phase}_s"] for _, record in steps)
             row.append(f"{100 * seconds / whole:.1f} %")
-        rows.append(row)
-    head = "setting threads samples/s tokens/s rollout score update coefficient".split()
+        rate, peak = useful_flops(learner, tokens) / whole, matmul_peak(learner.device, repeats)
+        rows.append([*row, f"{rate / 1e9:.0f}", f"{100 * rate / peak:.0f} %"])
+    head = "setting threads samples/s tokens/s rollout score update coefficient GFLOP/s of_the_peak".split()
     return evaluation.markdown(head, rows)
 
 
