@@ -45,6 +45,11 @@ from model import autocast, gather, generate, share, total, world
 
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
+# tiktoken looks for its files by these names.
+GPT2 = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/: vocab.bpe as "
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+)
 
 
 @functools.cache
@@ -53,20 +58,15 @@ def get_tokenizer(name):
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256})
-    if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            home = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-            names = [f"{file} as {hashlib.sha1((home + file).encode()).hexdigest()}" for file in GPT2_FILES]
-            raise ValueError(
-                f"--tokenizer gpt2: its files could not be fetched from {home}; connect to a network once, or set "
-                f"TIKTOKEN_CACHE_DIR to a folder that has {' and '.join(names)} (tiktoken looks for these names)"
-            ) from error
-    raise ValueError(f"--tokenizer {name}: unknown; allowed: bytes, gpt2")
-
-
-GPT2_FILES = ("vocab.bpe", "encoder.json")
+    if name != "gpt2":
+        raise ValueError(f"--tokenizer {name}: unknown; allowed: bytes, gpt2")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise ValueError(
+            "--tokenizer gpt2: its files could not be fetched; connect to a network once, or set TIKTOKEN_CACHE_DIR to "
+            f"a folder that has, from {GPT2}"
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,69 +89,60 @@ def write(x, n):
     return "".join(str(digit(x, i)) for i in range(n))
 
 
-def columns(column_sum, width, forget):
-    """Column arithmetic: the digits of sum_i column_sum(i)·10^i, lowest first. A carry is lost when forget()."""
+def columns(sums, slips):
+    """Column arithmetic: the digits of sum_i sums[i]·10^i, lowest first. Careless work loses each carry with chance 1/2.
+
+    slips is the random.Random of careless work, and None of careful work.
+    """
     digits, carry = "", 0
-    for i in range(width):
-        s = column_sum(i)
-        if carry and not forget():
+    for s in sums:
+        if carry and not slip(slips):
             s += carry
         digits += str(s % 10)
         carry = s // 10
     return digits
 
 
-# A suite is two functions of its size n. draw(rng, n) -> operands; solve(operands, n, forget) -> prompt, working,
-# answer, where forget() is asked at every carry and says whether this one is lost.
+def slip(slips):
+    return slips is not None and slips.random() < 0.5
 
 
-def draw_pair(rng, n):
-    return rng.randrange(10**n), rng.randrange(10**n)
+# A suite draws the operands of size n and solves them: solve(operands, n, slips) -> prompt, working, answer.
 
 
-def solve_add(operands, n, forget):
+def solve_add(operands, n, slips):
     a, b = operands
-    return f"{write(a, n)}+{write(b, n)}=", "", columns(lambda i: digit(a, i) + digit(b, i), n + 1, forget)
+    sums = [digit(a, i) + digit(b, i) for i in range(n + 1)]
+    return f"{write(a, n)}+{write(b, n)}=", "", columns(sums, slips)
 
 
-def solve_sub(operands, n, forget):
+def solve_sub(operands, n, slips):
     a, b = max(operands), min(operands)
-    return f"{write(a, n)}-{write(b, n)}=", "", columns(lambda i: digit(a, i) - digit(b, i), n, forget)
+    sums = [digit(a, i) - digit(b, i) for i in range(n)]
+    return f"{write(a, n)}-{write(b, n)}=", "", columns(sums, slips)
 
 
-def draw_mul(rng, n):
-    return rng.randrange(10**n), rng.randrange(2, 7)
-
-
-def solve_mul(operands, n, forget):
+def solve_mul(operands, n, slips):
     a, b = operands
-    return f"{write(a, n)}*{b}=", "", columns(lambda i: digit(a, i) * b, n + 1, forget)
+    return f"{write(a, n)}*{b}=", "", columns([digit(a, i) * b for i in range(n + 1)], slips)
 
 
-def draw_mod(rng, n):
-    return rng.randrange(10**n), rng.randrange(3, 8)
-
-
-def solve_mod(operands, n, forget):
+def solve_mod(operands, n, slips):
     """Horner's rule from the highest digit; the working is the remainder so far, which plays the carry."""
     a, m = operands
     remainder, working = 0, ""
     for i in reversed(range(n)):
-        carried = 10 * remainder if remainder and not forget() else 0
+        carried = 10 * remainder if remainder and not slip(slips) else 0
         remainder = (carried + digit(a, i)) % m
         working += str(remainder)
     return f"{write(a, n)}%{m}=", working[:-1], working[-1]
 
 
-def draw_chain(rng, n):
-    return tuple(rng.randrange(1, 10) for _ in range(n + 1))
-
-
-def solve_chain(operands, n, forget):
+def solve_chain(operands, n, slips):
     """Running sums of one-digit terms; the working is the sums before the last."""
     sum_so_far, sums = operands[0], []
     for term in operands[1:]:
-        sums.append(columns(lambda i: digit(sum_so_far, i) + (term if i == 0 else 0), 2, forget))
+        sums.append(columns([digit(sum_so_far, 0) + term, digit(sum_so_far, 1)], slips))
         sum_so_far = int(sums[-1][::-1])
     return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
 
@@ -161,11 +152,11 @@ def draw_linear(rng, n):
     return a, x, rng.randrange(10**n - a * x)
 
 
-def solve_linear(operands, n, forget):
+def solve_linear(operands, n, slips):
     """Solve a·x + b = c for the digit x; the working is c - b."""
     a, x, b = operands
     c = a * x + b
-    difference = columns(lambda i: digit(c, i) - digit(b, i), n, forget)
+    difference = columns([digit(c, i) - digit(b, i) for i in range(n)], slips)
     return f"{a}x+{write(b, n)}={write(c, n)}:", difference, str(int(difference[::-1]) // a % 10)
 
 
@@ -177,11 +168,11 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "add": Suite(draw_pair, solve_add, commutes=True),
-    "sub": Suite(draw_pair, solve_sub, commutes=True),
-    "mul": Suite(draw_mul, solve_mul, more=1),
-    "mod": Suite(draw_mod, solve_mod, more=1),
-    "chain": Suite(draw_chain, solve_chain, commutes=True),
+    "add": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(10**n)), solve_add, commutes=True),
+    "sub": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(10**n)), solve_sub, commutes=True),
+    "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, more=1),
+    "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, more=1),
+    "chain": Suite(lambda rng, n: [rng.randrange(1, 10) for _ in range(n + 1)], solve_chain, commutes=True),
     "linear": Suite(draw_linear, solve_linear),
 }
 
@@ -205,10 +196,10 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
         key = sorted(operands) if kind.commutes else list(operands)
         if one_in_eight(f"{suite} {key}") == held_out:
             break
-    prompt, working, right = kind.solve(operands, n, lambda: False)
+    prompt, working, right = kind.solve(operands, n, None)
     written = right
     if rng.random() < careless:
-        _, working, written = kind.solve(operands, n, lambda: rng.random() < 0.5)
+        _, working, written = kind.solve(operands, n, rng)
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
@@ -220,9 +211,8 @@ def problem_stream(suites, difficulty, rng, **kwargs):
 
 def training_problems(cfg, step):
     """The problems of one step of RL, as many as it asks for."""
-    return problem_stream(
-        suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}")
-    )
+    rng = random.Random(f"{cfg.seed}/rl/{step}")
+    return problem_stream(suites_of(cfg.task, cfg.data_dir), cfg.difficulty, rng)
 
 
 def held_out_problems(suite, difficulty, count, seed=0):
@@ -284,31 +274,26 @@ def suites_of(task, data_dir="data", scoring=False):
     "arithmetic" is the six, "competition" the paper's sets. scoring: the parts that are there to be scored on, else
     those to train on. ValueError on anything else.
     """
-    flag, known, suites = ("--suite", SCORE, []) if scoring else ("--task", TRAIN, [])
+    flag, known = ("--suite", SCORE) if scoring else ("--task", TRAIN)
+    several = {"arithmetic": SUITES, "competition": COMPETITION} if scoring else {"arithmetic": SUITES}
+    names, suites = [], []
     for name in task.split(","):
-        if name == "arithmetic":
-            suites += SUITES
-        elif name == "competition" and scoring:
-            suites += [data_file(each, data_dir) for each in COMPETITION]
-        elif name in SUITES:
-            suites.append(name)
-        elif name in known:
-            suites.append(data_file(known[name], data_dir))
-        elif name.endswith(".jsonl"):
-            read_problems(name)
-            suites.append(name)
+        names += several.get(name, [name])
+    for name in names:
+        if name in known:
+            name = data_file(known[name], data_dir)
         elif name in [*SCORE, "competition"]:
             raise ValueError(f"{flag} {name}: a set to score on: python eval.py score RUN --suite {name}")
-        else:
-            several = "arithmetic, competition" if scoring else "arithmetic"
-            names = ",".join([*SUITES, *known])
-            raise ValueError(
-                f"{flag}: unknown suite {name!r}; allowed: {several}, or some of {names},FILE.jsonl"
-            )
-    suites = list(dict.fromkeys(suites))
-    names = [label(suite) for suite in suites]
-    for suite, name in zip(suites, names):
-        if names.count(name) > 1 or name in ("score", "all"):
+        elif name not in SUITES and not name.endswith(".jsonl"):
+            allowed = f"{', '.join(several)}, or some of {','.join([*SUITES, *known])},FILE.jsonl"
+            raise ValueError(f"{flag}: unknown suite {name!r}; allowed: {allowed}")
+        if name not in SUITES:
+            read_problems(name)
+        if name not in suites:
+            suites.append(name)
+    labels = [label(suite) for suite in suites]
+    for suite, name in zip(suites, labels):
+        if labels.count(name) > 1 or name in ("score", "all"):
             raise ValueError(f"{flag}: {suite}: the name {name} is taken in logs and tables; rename the file")
     return suites
 
@@ -316,36 +301,55 @@ def suites_of(task, data_dir="data", scoring=False):
 def data_file(name, data_dir):
     """Path of a published data set in data_dir, fetched where it is not there. ValueError if that fails."""
     path, url = Path(data_dir) / f"{name}.jsonl", GITHUB + PUBLISHED[name]
-    if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=30) as source:
-                temporary.write_bytes(source.read())
-            read_problems.__wrapped__(
-                str(temporary)
-            )  # not the cached one: names of temporary files come again
-            os.replace(temporary, path)
-        except Exception as error:  # no network, no such folder, half a file, ...
-            temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path}: not there, and not fetched ({error}); put it there by hand, from {url}"
-            ) from None
+    if path.exists():
+        return str(path)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as source:
+            content = source.read()
+        problems_in(content, str(path))  # half a file is not kept
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(
+            f"{path.name}.{os.getpid()}.tmp"
+        )  # other processes see all of the file or none
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except Exception as error:  # no network, no such folder, half a file, ...
+        raise ValueError(
+            f"{path}: not there, and not fetched ({error}); put it there by hand, from {url}"
+        ) from None
     return str(path)
 
 
 @functools.cache
 def read_problems(path):
-    """The problems of a file: JSONL, or a JSON array. ValueError names file:line (or, of an array, file:item).
+    """The problems of a file; see problems_in."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    return problems_in(content, path)
+
+
+def problems_in(content, path):
+    """The problems of the bytes of a file: JSONL, or a JSON array. ValueError names file:line (of an array, file:item).
 
     A record has the text as `problem` or `question` (SVAMP: Body and Question) and the gold as `answer`, which may be a
     solution that ends in "#### gold", or `final_answer`, a list of one, or what `solution` gives as its answer.
     """
-    problems = []
-    for i, record in enumerate(read_json(path), 1):
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    records, problems = {}, []
+    if text.lstrip().startswith("["):
+        records = dict(enumerate(parse_json(text, path), 1))
+    else:
+        for i, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may contain other separators
+            if line.strip():
+                records[i] = parse_json(line, f"{path}:{i}")
+    for i, record in records.items():
         try:
-            if record is not None:  # a blank line
-                problems.append(problem_of(record, path))
+            problems.append(problem_of(record, path))
         except ValueError as error:
             raise ValueError(f"{path}:{i}: {error}") from None
     if not problems:
@@ -353,27 +357,11 @@ def read_problems(path):
     return problems
 
 
-def read_json(path):
-    """The items of a JSON array, or what each line of a file says; None for a blank one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if text.lstrip().startswith("["):
-        return parse_json(text, path)
-    lines = text.split("\n")  # not splitlines: a text may contain other separators
-    return [parse_json(line, f"{path}:{i}") if line.strip() else None for i, line in enumerate(lines, 1)]
-
-
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        raise ValueError(f"{where}: not JSON: {text[:40]!r}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: brackets too deep: {text[:40]!r}") from None
-    except ValueError:
-        raise ValueError(f"{where}: a number of more than 4,300 digits, which Python does not read") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}): {text[:40]!r}") from None
 
 
 def problem_of(record, path):
@@ -381,30 +369,31 @@ def problem_of(record, path):
     if not isinstance(record, dict):
         raise ValueError(f"not a record with a problem and an answer: {str(record)[:40]!r}")
     text = record.get("problem") or record.get("question")
-    if (
-        text is None and isinstance(record.get("Body"), str) and isinstance(record.get("Question"), str)
-    ):  # SVAMP
-        text = f"{record['Body'].strip().removesuffix('.')}. {record['Question']}"
+    if not text and "Body" in record and "Question" in record:  # SVAMP
+        text = f"{str(record['Body']).strip().removesuffix('.')}. {record['Question']}"
     if not isinstance(text, str) or not text.strip():
         raise ValueError('no text in "problem" or "question"')
-    answer, solution = record.get("answer", record.get("Answer")), record.get("solution")
-    if answer is None and isinstance(record.get("final_answer"), list) and len(record["final_answer"]) == 1:
-        answer = record["final_answer"][0]
-    if answer is None and isinstance(solution, str):
+    solution = record.get("solution")
+    if not isinstance(solution, str):
+        solution = ""
+    answer, final = record.get("answer", record.get("Answer")), record.get("final_answer")
+    if answer is None and isinstance(final, list) and len(final) == 1:
+        answer = final[0]
+    if answer is None:
         answer = extract_answer(solution)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if type(answer) in (int, float):
         answer = str(answer).removesuffix(".0")
-    if isinstance(answer, str) and "####" in answer:
-        answer, solution = extract_answer(answer), answer
-        if not answers_equal(answer, answer):
-            raise ValueError('no answer behind "####" in "answer"')
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError('no answer in "answer": a text, a number, or a solution with "#### N"')
-    answer, solution = answer.strip(), solution.strip() if isinstance(solution, str) else ""
+    if not isinstance(answer, str):
+        answer = ""
+    if "####" in answer:
+        answer, solution = extract_answer(answer) or "", answer
+    answer, solution = answer.strip(), solution.strip()
+    if not answers_equal(answer, extract_answer(solution)):  # what a completion would have to say
+        solution = f"{solution}\n\\boxed{{{answer}}}" if solution else f"#### {answer}"
     if not answers_equal(answer, extract_answer(solution)):
-        solution = f"{solution}\n\\boxed{{{answer}}}".strip() if solution else f"#### {answer}"
-    if not answers_equal(answer, extract_answer(solution)):
-        raise ValueError(f"the answer {answer[:40]!r} is not what its own solution gives, {solution[-40:]!r}")
+        raise ValueError(
+            f'no answer in "answer": a text, a number, or a solution with "#### N": {answer[:40]!r}'
+        )
     return Problem(path, f"{text.strip()}\n", answer, solution)
 
 
@@ -449,87 +438,83 @@ LONGEST = 500  # characters: a longer answer is none
 UNICODE = str.maketrans(
     {"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2044": "/", "\u00d7": r"\times ", "\u200b": ""}
 )
-RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 UNITS = "dollars?|miles?|km(?:/h)?|cm|mm|m|kg|g|hours?|minutes?|seconds?|s|erg s|inches|feet|degrees|units"
 TIDY = [(re.compile(pattern), by) for pattern, by in (
     (r"\*\*([^*]*)\*\*", r"\1"),  # bold
     (r"\*\*", "^"),
     (r"\\\$|\$|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),  # dollars, and brackets of formulas
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;!])\s*(?=\d{3}(?!\d))", ","),  # within thousands
-    (r"\\[!,;: ]|~", " "),
     (r"^\\(?:mathbf|mathrm|textbf|text|boxed)\s*\{([^{}]*)\}$", r"\1"),  # all of it in bold
     (rf"\s*\\(?:text|mathrm)\s*\{{ *(?:{UNITS}) *\}}(?:\^\{{?-?\d\}}?)?$", ""),
     (r"\s+dollars?$|^\s*=", ""),
     (r"\\%|\s*\\text\s*\{ *percent *\}$|\s+percent$", "%"),
     (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"^\{([^{},]*)\}$", r"\1"),
     (r"\s+", " "),
 )]  # fmt: skip
-PLAIN = re.compile(r"-?\d+", re.ASCII)
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-TEN = r"10\s?\^\s?(?:(?P<{0}>[+-]?\d{{1,4}})|\{{\s?(?P<braced_{0}>[+-]?\d{{1,4}})\s?\}})"
-NUMBER = re.compile(rf"""(?P<sign>[+-]?)\s?(?:
-    (?:(?P<whole>\d+)\s?)?\\frac\s?\{{\s?(?P<minus>-?)\s?(?P<top>{DECIMAL})\s?\}}\s?\{{\s?(?P<below>{DECIMAL})\s?\}}
-  | (?:(?P<plain_whole>\d+)\s)?(?P<plain_top>{DECIMAL})\s?/\s?(?P<plain_minus>-?)(?P<plain_below>{DECIMAL})
-  | {TEN.format("power")}
-  | (?P<decimal>{DECIMAL})(?:[eE](?P<e>[+-]?\d{{1,4}})|\s?(?:\\times|\\cdot|\*|x)\s?{TEN.format("ten")})?
-  )\s?(?P<percent>%?)""", re.VERBOSE | re.ASCII)  # fmt: skip
+SPELLINGS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
+    (rf"\s?\\frac\s?\{{\s?(-?)\s?({DECIMAL})\s?\}}\s?\{{\s?({DECIMAL})\s?\}}\s?", r" \1\2/\3 "),
+    (r"\^\s?\{\s?([+-]?\d+)\s?\}", r"^\1"),
+    (r"\s?(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?", "e"),
+    (r"^([+-]?)\s?10\s?\^\s?", r"\g<1>1e"),
+)]  # fmt: skip
+NUMBER = re.compile(  # sign, a fraction with or without a whole number before it, or a decimal, percent
+    rf"([+-]?)\s?(?:(?:(\d+)\s)?({DECIMAL})\s?/\s?({DECIMAL})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,4}})?))\s?(%?)",
+    re.ASCII,
+)
 
 
 def extract_answer(text):
     """What a completion gives as its answer: the last \\boxed{...}, else the last "\\boxed 5", else the line after the
     last "####", else after the last "Answer:" (in any case). None when there is none: never the whole text."""
-    for start in [match.end() for match in re.finditer(r"\\boxed\s*\{", text)][
-        :-11:-1
-    ]:  # the last ones may be cut off
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for start in reversed(starts[-10:]):  # the last ones may be cut off, or only mention a box
         depth = 1
         for end in range(start, min(len(text), start + LONGEST)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            depth += (text[end] == "{") - (text[end] == "}")
             if depth == 0:
                 break
         box = text[start:end].strip() if depth == 0 else ""
-        if any(c.isalnum() for c in box):  # "put it in \boxed{}" only mentions one
+        if any(c.isalnum() for c in box):
             return box
     bare = re.findall(r"\\boxed\s*(-?\d+(?:[.,/]\d+)*)", text)
     if bare:
         return bare[-1]
-    _, found, tail = text.rpartition("####")
-    if not found:
-        ends = [match.end() for match in re.finditer(r"answer[*_]{0,3}\s{0,3}:", text, re.IGNORECASE)]
-        tail = text[ends[-1] :] if ends else ""
+    parts = text.split("####")
+    if len(parts) == 1:
+        parts = re.split(r"answer[*_]{0,3}\s{0,3}:", text, flags=re.IGNORECASE)
+    tail = parts[-1] if len(parts) > 1 else ""
     line = tail.lstrip("*_` \t\r\n").partition("\n")[0]
     return line.rstrip("*_`. \t\r") or None
 
 
 def read_number(text):
     """(exact value, whether in percent) of a tidied text, None if it is no number."""
-    match = NUMBER.fullmatch(text.strip().rstrip("., ")) if len(text) <= LONGEST else None
+    if len(text) > LONGEST:
+        return None
+    for pattern, by in SPELLINGS:
+        text = pattern.sub(by, text)
+    match = NUMBER.fullmatch(text.strip().rstrip("., "))
     if not match:
         return None
-    part = match.groupdict()
-    top = part["top"] or part["plain_top"] or part["decimal"] or "1"
-    below = Fraction("0" + (part["below"] or part["plain_below"] or "1").replace(",", ""))
-    if below == 0:
+    sign, whole, top, below, decimal, percent = [part.replace(",", "") for part in match.groups("")]
+    if below and Fraction(below) == 0:
         return None
-    whole = int(part["whole"] or part["plain_whole"] or 0)
-    minus = [part["sign"] or "", part["minus"] or "", part["plain_minus"] or ""].count("-")
-    exponents = [part[name] for name in ("e", "ten", "braced_ten", "power", "braced_power") if part[name]]
-    exponent = int(exponents[0]) if exponents else 0
-    value = (Fraction("0" + top.replace(",", "")) / below + whole) * Fraction(10) ** exponent
-    value = -value if minus % 2 else value
-    return (value / 100, True) if part["percent"] else (value, False)
+    value = Fraction(decimal) if decimal else int(whole or 0) + Fraction(top) / Fraction(below)
+    value = -value if sign == "-" else value
+    return (value / 100, True) if percent else (value, False)
 
 
 def tidied(text):
     """A text without what changes no answer: bold, dollars around formulas, spellings of fractions and of signs."""
     text = re.sub(
-        f"[{''.join(map(chr, RAISED))}]+", lambda m: f"^{{{m[0].translate(RAISED)}}}", text[: LONGEST + 1]
-    )
+        "([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", r"^{\1}", text[: LONGEST + 1]
+    )  # raised digits
     text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # two and a half
-    text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    text = unicodedata.normalize("NFKC", text).translate(UNICODE)
     for pattern, by in TIDY:
         text = pattern.sub(by, text)
     return text.strip()
@@ -542,7 +527,9 @@ def answers_equal(gold, candidate):
     """
     if gold is None or candidate is None or not candidate.strip() or max(len(gold), len(candidate)) > LONGEST:
         return False
-    if PLAIN.fullmatch(gold) and PLAIN.fullmatch(candidate):  # nearly all of training: no need for more
+    if re.fullmatch("[0-9]+", gold) and re.fullmatch(
+        "[0-9]+", candidate
+    ):  # nearly all of training: no need for more
         return int(gold) == int(candidate)
     gold, candidate = tidied(gold), tidied(candidate)
     a, b = read_number(gold), read_number(candidate)
