@@ -289,12 +289,13 @@ def suites_of(task, data_dir="data", scoring=False):
             raise ValueError(f"{flag}: unknown suite {name!r}; allowed: {allowed}")
         if name not in SUITES:
             read_problems(name)
-        if name not in suites:
-            suites.append(name)
-    labels = [label(suite) for suite in suites]
-    for suite, name in zip(suites, labels):
-        if labels.count(name) > 1 or name in ("score", "all"):
-            raise ValueError(f"{flag}: {suite}: the name {name} is taken in logs and tables; rename the file")
+        if name in suites:
+            continue
+        if label(name) in ["score", "all", *map(label, suites)]:
+            raise ValueError(
+                f"{flag}: {name}: the name {label(name)} is taken in logs and tables; rename the file"
+            )
+        suites.append(name)
     return suites
 
 
@@ -303,55 +304,38 @@ def data_file(name, data_dir):
     path, url = Path(data_dir) / f"{name}.jsonl", GITHUB + PUBLISHED[name]
     if path.exists():
         return str(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with urllib.request.urlopen(url, timeout=30) as source:
-            content = source.read()
-        problems_in(content, str(path))  # half a file is not kept
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(
-            f"{path.name}.{os.getpid()}.tmp"
-        )  # other processes see all of the file or none
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except Exception as error:  # no network, no such folder, half a file, ...
-        raise ValueError(
-            f"{path}: not there, and not fetched ({error}); put it there by hand, from {url}"
-        ) from None
+        with urllib.request.urlopen(url, timeout=30) as source:
+            temporary.write_bytes(source.read())
+        os.replace(temporary, path)  # other processes see all of the file or none
+        read_problems(str(path))
+    except Exception as error:  # no network, no such folder, not a data set, ...
+        path.unlink(missing_ok=True)
+        reason = f"not there, and not fetched ({error})"
+        raise ValueError(f"{path}: {reason}; put it there by hand, from {url}") from None
     return str(path)
 
 
 @functools.cache
 def read_problems(path):
-    """The problems of a file; see problems_in."""
+    """The problems of a file: JSONL, or a JSON array. ValueError names file:line (of an array, file:item)."""
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    return problems_in(content, path)
-
-
-def problems_in(content, path):
-    """The problems of the bytes of a file: JSONL, or a JSON array. ValueError names file:line (of an array, file:item).
-
-    A record has the text as `problem` or `question` (SVAMP: Body and Question) and the gold as `answer`, which may be a
-    solution that ends in "#### gold", or `final_answer`, a list of one, or what `solution` gives as its answer.
-    """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    records, problems = {}, []
-    if text.lstrip().startswith("["):
-        records = dict(enumerate(parse_json(text, path), 1))
-    else:
-        for i, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may contain other separators
-            if line.strip():
-                records[i] = parse_json(line, f"{path}:{i}")
-    for i, record in records.items():
-        try:
-            problems.append(problem_of(record, path))
-        except ValueError as error:
-            raise ValueError(f"{path}:{i}: {error}") from None
+    is_array = text.lstrip().startswith("[")
+    items = (
+        parse_json(text, path) if is_array else text.split("\n")
+    )  # not splitlines: a text may have other separators
+    problems = []
+    for i, item in enumerate(items, 1):
+        where = f"{path}:{i}"
+        if is_array:
+            problems.append(problem_of(item, path, where))
+        elif item.strip():
+            problems.append(problem_of(parse_json(item, where), path, where))
     if not problems:
         raise ValueError(f"{path}: no problems in it")
     return problems
@@ -364,17 +348,21 @@ def parse_json(text, where):
         raise ValueError(f"{where}: not JSON ({error}): {text[:40]!r}") from None
 
 
-def problem_of(record, path):
-    """A record of a data set as a Problem. ValueError says what it lacks."""
+def problem_of(record, path, where):
+    """A record of a data set as a Problem. ValueError says what it lacks.
+
+    The text is in `problem` or `question` (SVAMP: Body and Question). The gold is in `answer`, which may be a solution
+    that ends in "#### gold", or in `final_answer`, a list of one, or it is what `solution` gives as its answer.
+    """
     if not isinstance(record, dict):
-        raise ValueError(f"not a record with a problem and an answer: {str(record)[:40]!r}")
+        raise ValueError(f"{where}: not a record with a problem and an answer: {str(record)[:40]!r}")
     text = record.get("problem") or record.get("question")
-    if not text and "Body" in record and "Question" in record:  # SVAMP
+    if not text and "Body" in record and "Question" in record:
         text = f"{str(record['Body']).strip().removesuffix('.')}. {record['Question']}"
     if not isinstance(text, str) or not text.strip():
-        raise ValueError('no text in "problem" or "question"')
+        raise ValueError(f'{where}: no text in "problem" or "question"')
     solution = record.get("solution")
-    if not isinstance(solution, str):
+    if not isinstance(solution, str):  # none, or several
         solution = ""
     answer, final = record.get("answer", record.get("Answer")), record.get("final_answer")
     if answer is None and isinstance(final, list) and len(final) == 1:
@@ -388,12 +376,10 @@ def problem_of(record, path):
     if "####" in answer:
         answer, solution = extract_answer(answer) or "", answer
     answer, solution = answer.strip(), solution.strip()
-    if not answers_equal(answer, extract_answer(solution)):  # what a completion would have to say
+    if not answers_equal(answer, extract_answer(solution)):
         solution = f"{solution}\n\\boxed{{{answer}}}" if solution else f"#### {answer}"
     if not answers_equal(answer, extract_answer(solution)):
-        raise ValueError(
-            f'no answer in "answer": a text, a number, or a solution with "#### N": {answer[:40]!r}'
-        )
+        raise ValueError(f'{where}: no answer in "answer": a text, a number, or a solution with "#### N"')
     return Problem(path, f"{text.strip()}\n", answer, solution)
 
 
@@ -412,9 +398,8 @@ def side_of_split(path, held_out):
     """One problem in eight of a file is held out, decided by its text: the same in any file. ValueError if none is."""
     problems = [p for p in read_problems(path) if one_in_eight(normal(p.prompt)) == held_out]
     if not problems:
-        raise ValueError(
-            f"{path}: too few problems: none is {'held out' if held_out else 'left to train on'}"
-        )
+        side = "held out" if held_out else "left to train on"
+        raise ValueError(f"{path}: too few problems: none is {side}")
     return problems
 
 
@@ -423,21 +408,18 @@ def check_apart(training, scored):
     for trained in set(training) - set(SUITES):
         known = {normal(p.prompt) for p in read_problems(trained)}
         for suite in set(scored) - set(SUITES):
-            shared = sum(normal(p.prompt) in known for p in read_problems(suite))
+            problems = read_problems(suite)
+            shared = sum(normal(p.prompt) in known for p in problems)
             if shared:
-                raise ValueError(
-                    f"--suite {suite}: {shared} of its {len(read_problems(suite))} problems are in {trained}, "
-                    "which the run was trained on"
-                )
+                count = f"{shared} of its {len(problems)} problems"
+                raise ValueError(f"--suite {suite}: {count} are in {trained}, which the run was trained on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Verifier: exact numbers, else equal text. Text is never evaluated.
 
 LONGEST = 500  # characters: a longer answer is none
-UNICODE = str.maketrans(
-    {"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2044": "/", "\u00d7": r"\times ", "\u200b": ""}
-)
+UNICODE = str.maketrans("\u2212\u2013\u2010\u2044", "---/", "\u200b") | {0xD7: r"\times "}
 UNITS = "dollars?|miles?|km(?:/h)?|cm|mm|m|kg|g|hours?|minutes?|seconds?|s|erg s|inches|feet|degrees|units"
 TIDY = [(re.compile(pattern), by) for pattern, by in (
     (r"\*\*([^*]*)\*\*", r"\1"),  # bold
@@ -461,10 +443,9 @@ SPELLINGS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
     (r"\s?(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?", "e"),
     (r"^([+-]?)\s?10\s?\^\s?", r"\g<1>1e"),
 )]  # fmt: skip
-NUMBER = re.compile(  # sign, a fraction with or without a whole number before it, or a decimal, percent
-    rf"([+-]?)\s?(?:(?:(\d+)\s)?({DECIMAL})\s?/\s?({DECIMAL})|((?:{DECIMAL})(?:[eE][+-]?\d{{1,4}})?))\s?(%?)",
-    re.ASCII,
-)
+FRACTION = rf"(?:(\d+)\s)?({DECIMAL})\s?/\s?({DECIMAL})"
+POWER = r"[eE][+-]?\d{1,4}"
+NUMBER = re.compile(rf"([+-]?)\s?(?:{FRACTION}|((?:{DECIMAL})(?:{POWER})?))\s?(%?)", re.ASCII)
 
 
 def extract_answer(text):
@@ -510,10 +491,9 @@ def read_number(text):
 
 def tidied(text):
     """A text without what changes no answer: bold, dollars around formulas, spellings of fractions and of signs."""
-    text = re.sub(
-        "([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", r"^{\1}", text[: LONGEST + 1]
-    )  # raised digits
-    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # two and a half
+    # Raised digits become an exponent, and "two and a half" two numbers.
+    text = re.sub("([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", r"^{\1}", text[: LONGEST + 1])
+    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(UNICODE)
     for pattern, by in TIDY:
         text = pattern.sub(by, text)
@@ -527,9 +507,7 @@ def answers_equal(gold, candidate):
     """
     if gold is None or candidate is None or not candidate.strip() or max(len(gold), len(candidate)) > LONGEST:
         return False
-    if re.fullmatch("[0-9]+", gold) and re.fullmatch(
-        "[0-9]+", candidate
-    ):  # nearly all of training: no need for more
+    if re.fullmatch("[0-9]+ [0-9]+", f"{gold} {candidate}"):  # nearly all of training: no need for more
         return int(gold) == int(candidate)
     gold, candidate = tidied(gold), tidied(candidate)
     a, b = read_number(gold), read_number(candidate)
@@ -555,14 +533,6 @@ def is_right(problem, text):
 # Rollout
 
 
-def completions(tok, batch):
-    """The sampled tokens of each row as text, without the end of sequence."""
-    texts = []
-    for tokens, mask in zip(batch["tokens"][:, 1:], batch["mask"]):
-        texts.append(tok.decode([t for t in tokens[mask].tolist() if t != tok.eot_token]))
-    return texts
-
-
 def sample(model, tok, problems, num_generations, max_new_tokens, temperature, generator, heads=None):
     """num_generations completions of each problem: the dict of model.generate with reward (B,), and their texts.
 
@@ -572,18 +542,21 @@ def sample(model, tok, problems, num_generations, max_new_tokens, temperature, g
     G, device = num_generations, model.wte.weight.device
     shape = (len(problems) * G, max_new_tokens, 3) if heads else (len(problems) * G, max_new_tokens)
     u = torch.rand(shape, generator=generator)
-    mine, part = share(len(problems)), None
-    if problems[mine]:
+    mine = share(len(problems))
+    u, problems = u[mine.start * G : mine.stop * G], problems[mine]
+    part = None
+    if problems:
         room = max(model.cfg.block_size - max_new_tokens, 1)
-        prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems[mine]]  # of one too long, its end
-        args = prompts, G, max_new_tokens, tok.eot_token, temperature, u[mine.start * G : mine.stop * G]
+        prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems]  # of one too long, its end
+        args = prompts, G, max_new_tokens, tok.eot_token, temperature, u
         with autocast(device):
-            part = mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
-        texts = completions(tok, part)
-        right = [is_right(problems[mine][i // G], text) for i, text in enumerate(texts)]
-        part["reward"] = torch.tensor(right, dtype=torch.float, device=device)
-        part = {k: x.cpu() for k, x in part.items()} if world()[1] > 1 else part
-        part = part, texts
+            batch = mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
+        texts, right = [], []
+        for i, (tokens, mask) in enumerate(zip(batch["tokens"][:, 1:], batch["mask"])):
+            texts.append(tok.decode([t for t in tokens[mask].tolist() if t != tok.eot_token]))
+            right.append(is_right(problems[i // G], texts[-1]))
+        batch["reward"] = torch.tensor(right, dtype=torch.float)
+        part = {k: x.cpu() for k, x in batch.items()}, texts
     parts = [part for part in gather(part) if part]
     batch = concatenate([batch for batch, _ in parts])
     return {k: x.to(device) for k, x in batch.items()}, [text for _, texts in parts for text in texts]
@@ -617,38 +590,36 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
     G, R = cfg.num_generations, cfg.max_new_tokens
-    batches, keeps, flats, examples, missing = [], [], [], [], cfg.prompts_per_step
+    batches, examples, missing = [], [], cfg.prompts_per_step
+    drafters = heads if cfg.speculative else None
     while missing and len(batches) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
-        batch, texts = sample(
-            model, tok, drawn, G, R, cfg.temperature, generator, heads if cfg.speculative else None
-        )
-        if not examples:
+        batch, texts = sample(model, tok, drawn, G, R, cfg.temperature, generator, drafters)
+        if not batches:
             examples = list(zip([p.prompt for p in drawn], texts[::G], batch["reward"][::G].tolist()))[:8]
-        flat_P = ~informative(batch["reward"].view(-1, G))  # by correctness alone, before the penalty
+        has_gradient_P = informative(batch["reward"].view(-1, G))  # by correctness alone, before the penalty
+        batch["has_gradient"] = has_gradient_P.repeat_interleave(G)
         if algo.overlong:
             batch["reward"] = batch["reward"] + overlong_penalty(batch["mask"].sum(1), R)
-        keep_P = ~flat_P if algo.dynamic_sampling else torch.ones_like(flat_P)
         batches.append(batch)
-        keeps.append(keep_P)
-        flats.append(flat_P)
-        missing -= int(keep_P.sum())
+        missing -= int(has_gradient_P.sum())
     batch = concatenate(batches)
     length_B = batch["mask"].sum(1).float()
+    entropy = -(batch["logp"].sum() / length_B.sum())  # the mean of -log p over tokens sampled from p
     record = {
         "reward/mean": batch["reward"].mean().item(),
-        "reward/frac_zero_std": torch.cat(flats).float().mean().item(),
+        "reward/frac_zero_std": (~batch["has_gradient"]).float().mean().item(),
         "response_length/mean": length_B.mean().item(),
         "response_length/sum": int(length_B.sum()),
         "response_length/clip_ratio": (length_B == R).float().mean().item(),
-        "actor/entropy": -(
-            batch["logp"].sum() / length_B.sum()
-        ).item(),  # the mean of -log p over tokens sampled from p
+        "actor/entropy": entropy.item(),
     }
     if "draft" in batch:
         record |= mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
-    keep_B = torch.cat(keeps).repeat_interleave(G)
-    return {k: x[keep_B] for k, x in batch.items()}, record, examples
+    if algo.dynamic_sampling:
+        kept_B = batch["has_gradient"]
+        batch = {k: x[kept_B] for k, x in batch.items()}
+    return batch, record, examples
 
 
 def evaluate(model, tok, cfg):
@@ -691,9 +662,8 @@ ALGOS = {
     "grpo": Algo(loss_agg="sequence", kl_coef=0.04),  # arXiv 2402.03300
     "drgrpo": Algo(advantage="group", loss_agg="constant"),  # arXiv 2503.20783
     "dapo": Algo(clip_eps_high=0.28, dynamic_sampling=True, overlong=True),  # arXiv 2503.14476
-    "gspo": Algo(
-        loss_agg="sequence", ratio="sequence", clip_eps_low=3e-4, clip_eps_high=4e-4
-    ),  # arXiv 2507.18071
+    # arXiv 2507.18071
+    "gspo": Algo(loss_agg="sequence", ratio="sequence", clip_eps_low=3e-4, clip_eps_high=4e-4),
 }
 
 
@@ -748,15 +718,15 @@ def policy_loss(logp, old, adv_B, mask, weight, algo):
     return -(weight * surrogate).sum()
 
 
-def k3_kl(logp_BT, ref_BT, weight_BT):
-    """KL(policy, reference) on the policy's own samples, estimated by r - 1 - log r ≥ 0, r = p_ref/p (Schulman)."""
-    log_r = (ref_BT - logp_BT).clamp(-20, 20)
-    return (weight_BT * (log_r.exp() - 1 - log_r)).sum()
-
-
 def kl_to_base(logp_BT, mb):
-    """k3_kl to the frozen base; 0 for a method without one."""
-    return k3_kl(logp_BT, mb["ref"], mb["weight"]) if "ref" in mb else torch.zeros(())
+    """KL(policy, frozen base) on the policy's own samples, by r - 1 - log r ≥ 0 with r = p_base/p (k3 of Schulman).
+
+    0 for a method without a base.
+    """
+    if "ref" not in mb:
+        return torch.zeros(())
+    log_r = (mb["ref"] - logp_BT).clamp(-20, 20)
+    return (mb["weight"] * (log_r.exp() - 1 - log_r)).sum()
 
 
 def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
@@ -813,41 +783,38 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     return parts
 
 
+def largest(x):
+    """The largest number of all processes, none of them negative; 0 of an empty share."""
+    return total(F.pad(x.flatten(), (0, 1)).max(), dist.ReduceOp.MAX).item()
+
+
 def ratio_metrics(name, logp, old, adv_B, mask, algo):
     """Largest importance ratio, and share of tokens that the clip takes out below (A < 0) and above (A > 0)."""
     ratio, adv = importance_ratio(logp.detach(), old, mask, algo), adv_B.view(-1, *[1] * (logp.ndim - 1))
     low = mask & (ratio < 1 - algo.clip_eps_low) & (adv < 0)
     high = mask & (ratio > 1 + algo.clip_eps_high) & (adv > 0)
     count, low, high = total(torch.stack((mask.sum(), low.sum(), high.sum()))).tolist()
-    largest = total(
-        F.pad((ratio * mask).flatten(), (0, 1)).max(), dist.ReduceOp.MAX
-    ).item()  # 0 of an empty share
-    metrics = {
-        "ratio_max": largest,
-        "clip_frac_low": low / max(count, 1),
-        "clip_frac_high": high / max(count, 1),
+    return {
+        f"{name}/ratio_max": largest(ratio * mask),
+        f"{name}/clip_frac_low": low / max(count, 1),
+        f"{name}/clip_frac_high": high / max(count, 1),
     }
-    return {f"{name}/{key}": value for key, value in metrics.items()}
-
-
-def first_update_metrics(logp_BT, logp_BKT, mb):
-    """What the forward pass right after a rollout tells.
-
-    rollout/logp_gap: largest difference to the sampler's log-probs. mtp/agreement_k: mean of min(1, q/p), the share of
-    tokens that a speculative sampler drafting from head k would accept (its expectation is sum_v min(p_v, q_v)).
-    """
-    gap_BT = (logp_BT.detach() - mb["logp"]).abs() * mb["mask"]
-    gap = total(F.pad(gap_BT.flatten(), (0, 1)).max(), dist.ReduceOp.MAX).item()
-    accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
-    accepted_K = total(accepted_BKT.sum((0, 2)))
-    scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
-    shares = (accepted_K / scored_K).tolist()
-    return {"rollout/logp_gap": gap} | {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
 
 
 def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
-    """What the forward pass of an update tells of trunk and heads; first: it is the first after the rollout."""
-    metrics = first_update_metrics(logp_BT, logp_BKT, mb) if first else {}
+    """What the forward pass of an update tells of trunk and heads.
+
+    After the first one after the rollout also rollout/logp_gap, the largest difference to the sampler's log-probs, and
+    mtp/agreement_k: mean of min(1, q/p), the share of tokens that a speculative sampler drafting from head k would
+    accept (its expectation is sum_v min(p_v, q_v)).
+    """
+    metrics = {}
+    if first:
+        metrics["rollout/logp_gap"] = largest((logp_BT.detach() - mb["logp"]).abs() * mb["mask"])
+        accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
+        scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
+        shares = (total(accepted_BKT.sum((0, 2))) / scored_K).tolist()
+        metrics |= {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
     if logp_BKT.size(1):
         metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], adv_mtp_B, mb["mask_mtp"], algo)
     return metrics | ratio_metrics("actor", logp_BT, mb["old"], mb["adv"], mb["mask"], algo)
@@ -855,17 +822,17 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
 
 def summary(updates):
     """One step's updates as one record: means, of ratio_max the largest, and of occ/ the last (the first λ_t is 0)."""
-    values = {}
+    values, record = {}, {}
     for metrics in updates:
         for name, value in metrics.items():
             values.setdefault(name, []).append(value)
-    record = {}
     for name, numbers in values.items():
-        record[name] = sum(numbers) / len(numbers)
         if name.startswith("occ/"):
             record[name] = numbers[-1]
         elif name.endswith("ratio_max"):
             record[name] = max(numbers)
+        else:
+            record[name] = sum(numbers) / len(numbers)
     return record
 
 

@@ -104,7 +104,7 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "array.jsonl").write_text("[1, 2")
-    for name, said in (("bytes", "cannot be read"), ("none", "cannot be read: No such file"), ("empty", "no problems"),
+    for name, said in (("bytes", "cannot be read"), ("none", "cannot be read: .*No such file"), ("empty", "no problems"),
                        ("array", "not JSON")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             rl.suites_of(str(tmp_path / f"{name}.jsonl"))
@@ -126,6 +126,7 @@ def test_what_is_missing_is_fetched_and_half_a_file_is_not_kept(tmp_path, monkey
     (data / "gsm8k_train.jsonl").unlink()
     home.write_text('{"question": "q", "ans')
     rl.suites_of.cache_clear()
+    rl.read_problems.cache_clear()
     with pytest.raises(ValueError, match="not fetched .*:1: not JSON.*; put it there by hand, from file:"):
         rl.suites_of("gsm8k", str(data))
     assert os.listdir(data) == []

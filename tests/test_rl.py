@@ -235,11 +235,14 @@ def test_neither_an_empty_response_nor_a_runaway_ratio_is_nan(name):
 
 
 def test_k3_is_the_kl_on_average_never_negative_and_finite():
+    def k3(logp, ref):
+        return rl.kl_to_base(logp, {"ref": ref, "weight": torch.ones(len(logp))})
+
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
-    each = torch.stack([rl.k3_kl(p[i : i + 1], q[i : i + 1], torch.ones(1)) for i in range(3)])
-    assert (each >= 0).all() and rl.k3_kl(p, p, torch.ones(3)) == 0
+    each = torch.stack([k3(p[i : i + 1], q[i : i + 1]) for i in range(3)])
+    assert (each >= 0).all() and k3(p, p) == 0
     torch.testing.assert_close((p.exp() * each).sum(), (p.exp() * (p - q)).sum())
-    assert torch.isfinite(rl.k3_kl(torch.tensor([-1000.0]), torch.zeros(1), torch.ones(1)))
+    assert torch.isfinite(k3(torch.tensor([-1000.0]), torch.zeros(1)))
 
 
 def test_overlong_penalty():
@@ -392,7 +395,9 @@ def test_the_metrics_of_a_first_update():
     mask[:, 3] = True
     logp, logp_mtp, h = mtp.logprobs(model, heads, tokens, mask)
     mb = {"logp": logp.detach() - 0.5 * mask, "mask": mask, "mask_mtp": mtp.aligned_mask(mask, 1)}
-    metrics = rl.first_update_metrics(logp, logp_mtp, mb)
+    mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach(), "adv": torch.zeros(4000)}
+    metrics = rl.update_metrics(logp, logp_mtp, mb, mb["adv"], rl.ALGOS["dapo"], first=True)
+    assert metrics["actor/ratio_max"] == metrics["mtp/ratio_max"] == 1 and "rollout/logp_gap" in metrics
     q = model.logits(heads(h, model.wte(tokens))[0][:, 2]).softmax(-1)
     overlap = torch.minimum(p, q).sum(-1).mean().item()
     assert 0.2 < overlap < 0.95 and metrics["mtp/agreement_1"] == pytest.approx(overlap, abs=0.02)
