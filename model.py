@@ -180,6 +180,11 @@ def tempered(logits, temperature):
     return F.log_softmax(logits / (temperature or 1.0), dim=-1)
 
 
+def at_token(logp, tokens):
+    """Of log-probs (..., V) those of some tokens (...)."""
+    return logp.gather(-1, tokens[..., None]).squeeze(-1)
+
+
 def read_prompts(model, prompts, num_generations, max_new_tokens):
     """Each prompt is read once for all of its samples: B = P·G rows, those of a prompt adjacent.
 
@@ -226,7 +231,7 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
         tokens_BT[row_B, pos_B] = token_B
         mask_BT[row_B, pos_B] = True
-        logp_BT[row_B, pos_B] = logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+        logp_BT[row_B, pos_B] = at_token(logp_BV, token_B)
         alive_B = token_B != eos
         if i == R - 1 or not alive_B.any():
             break

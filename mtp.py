@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from model import Block, KVCache, autocast, choose, read_prompts, tempered
+from model import Block, KVCache, at_token, autocast, choose, read_prompts, tempered
 from occ import scale_grad
 
 
@@ -122,9 +122,7 @@ def accepts(log_p_BKV, log_q_BKV, draft_BK, temperature, u_BK):
     """
     if temperature == 0:
         return draft_BK == log_p_BKV.argmax(-1)
-    log_p_BK = log_p_BKV.gather(-1, draft_BK[..., None]).squeeze(-1)
-    log_q_BK = log_q_BKV.gather(-1, draft_BK[..., None]).squeeze(-1)
-    return u_BK < (log_p_BK - log_q_BK).exp()
+    return u_BK < (at_token(log_p_BKV, draft_BK) - at_token(log_q_BKV, draft_BK)).exp()
 
 
 def after_rejection(log_p_BV, log_q_BV):
@@ -198,7 +196,7 @@ def speculative_generate(
     n = first
     log_p = tempered(model.logits(states[row, n - 1]), temperature)
     tokens[row, n] = choose(log_p, temperature, u_BR3[:, 0, 2])
-    logp[row, n] = log_p.gather(-1, tokens[row, n][:, None]).squeeze(-1)
+    logp[row, n] = at_token(log_p, tokens[row, n])
     depth[row, n] = 0
     alive = (tokens[row, n] != eos) & (R > 1)
     width = max(longest, K + 1)  # the heads read the whole prompt, then only what may have been rejected
@@ -219,7 +217,7 @@ def speculative_generate(
         ended = (new == eos) & kept
         kept &= ended.cumsum(1) - ended.long() == 0  # nothing behind the end, which is kept
         tokens[rows, at] = new * kept
-        logp[rows, at] = log_p.gather(-1, new[..., None]).squeeze(-1) * kept
+        logp[rows, at] = at_token(log_p, new) * kept
         depth[rows, at] = torch.where(kept, (1 + j) * (j < accepted[:, None]), -1)
         n = n + kept.sum(1)
         alive = alive & ~ended.any(1) & (n + 1 < first + R)
@@ -286,7 +284,7 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
     with torch.autocast(h.device.type, enabled=False):
         if impl == "naive" or target_N.numel() == 0:
             logp_NV = F.log_softmax(F.linear(accurate(h_NC), accurate(weight)) / temperature, dim=-1)
-            logp_N = logp_NV.gather(-1, target_N[:, None]).squeeze(-1)
+            logp_N = at_token(logp_NV, target_N)
         else:
             logp_N = RecomputedLogp.apply(h_NC, weight, target_N, temperature, impl)
     return torch.where(valid_N, logp_N, torch.nan).view(targets.shape)

@@ -80,30 +80,28 @@ class Problem(NamedTuple):
     solution: str = ""  # for pretraining: working and answer
 
 
-def digit(x, i):
-    return x // 10**i % 10
+def digits(x, n):
+    """The n lowest digits of x, least significant first."""
+    return [x // 10**i % 10 for i in range(n)]
 
 
 def write(x, n):
-    """The n lowest digits of x, least significant first."""
-    return "".join(str(digit(x, i)) for i in range(n))
+    return "".join(map(str, digits(x, n)))
 
 
 def columns(sums, slips):
-    """Column arithmetic: the digits of sum_i sums[i]·10^i, lowest first. Careless work loses each carry with chance 1/2.
-
-    slips is the random.Random of careless work, and None of careful work.
-    """
-    digits, carry = "", 0
+    """Column arithmetic: the digits of sum_i sums[i]·10^i, lowest first."""
+    written, carry = "", 0
     for s in sums:
         if carry and not slip(slips):
             s += carry
-        digits += str(s % 10)
+        written += str(s % 10)
         carry = s // 10
-    return digits
+    return written
 
 
 def slip(slips):
+    """Whether a carry is lost: by chance 1/2 in careless work, whose random.Random slips is. It is None in careful work."""
     return slips is not None and slips.random() < 0.5
 
 
@@ -112,28 +110,28 @@ def slip(slips):
 
 def solve_add(operands, n, slips):
     a, b = operands
-    sums = [digit(a, i) + digit(b, i) for i in range(n + 1)]
+    sums = [i + j for i, j in zip(digits(a, n + 1), digits(b, n + 1))]
     return f"{write(a, n)}+{write(b, n)}=", "", columns(sums, slips)
 
 
 def solve_sub(operands, n, slips):
     a, b = max(operands), min(operands)
-    sums = [digit(a, i) - digit(b, i) for i in range(n)]
+    sums = [i - j for i, j in zip(digits(a, n), digits(b, n))]
     return f"{write(a, n)}-{write(b, n)}=", "", columns(sums, slips)
 
 
 def solve_mul(operands, n, slips):
     a, b = operands
-    return f"{write(a, n)}*{b}=", "", columns([digit(a, i) * b for i in range(n + 1)], slips)
+    return f"{write(a, n)}*{b}=", "", columns([i * b for i in digits(a, n + 1)], slips)
 
 
 def solve_mod(operands, n, slips):
     """Horner's rule from the highest digit; the working is the remainder so far, which plays the carry."""
     a, m = operands
     remainder, working = 0, ""
-    for i in reversed(range(n)):
+    for i in reversed(digits(a, n)):
         carried = 10 * remainder if remainder and not slip(slips) else 0
-        remainder = (carried + digit(a, i)) % m
+        remainder = (carried + i) % m
         working += str(remainder)
     return f"{write(a, n)}%{m}=", working[:-1], working[-1]
 
@@ -142,7 +140,8 @@ def solve_chain(operands, n, slips):
     """Running sums of one-digit terms; the working is the sums before the last."""
     sum_so_far, sums = operands[0], []
     for term in operands[1:]:
-        sums.append(columns([digit(sum_so_far, 0) + term, digit(sum_so_far, 1)], slips))
+        ones, tens = digits(sum_so_far, 2)
+        sums.append(columns([ones + term, tens], slips))
         sum_so_far = int(sums[-1][::-1])
     return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
 
@@ -156,7 +155,7 @@ def solve_linear(operands, n, slips):
     """Solve a·x + b = c for the digit x; the working is c - b."""
     a, x, b = operands
     c = a * x + b
-    difference = columns([digit(c, i) - digit(b, i) for i in range(n)], slips)
+    difference = columns([i - j for i, j in zip(digits(c, n), digits(b, n))], slips)
     return f"{a}x+{write(b, n)}={write(c, n)}:", difference, str(int(difference[::-1]) // a % 10)
 
 
@@ -426,6 +425,7 @@ TIDY = [(re.compile(pattern), by) for pattern, by in (
     (r"\*\*", "^"),
     (r"\\\$|\$|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),  # dollars, and brackets of formulas
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;!])\s*(?=\d{3}(?!\d))", ","),  # within thousands
+    (r"\\[!,;: ]|~", " "),
     (r"^\\(?:mathbf|mathrm|textbf|text|boxed)\s*\{([^{}]*)\}$", r"\1"),  # all of it in bold
     (rf"\s*\\(?:text|mathrm)\s*\{{ *(?:{UNITS}) *\}}(?:\^\{{?-?\d\}}?)?$", ""),
     (r"\s+dollars?$|^\s*=", ""),
@@ -464,10 +464,10 @@ def extract_answer(text):
     bare = re.findall(r"\\boxed\s*(-?\d+(?:[.,/]\d+)*)", text)
     if bare:
         return bare[-1]
-    parts = text.split("####")
-    if len(parts) == 1:
+    _, found, tail = text.rpartition("####")
+    if not found:
         parts = re.split(r"answer[*_]{0,3}\s{0,3}:", text, flags=re.IGNORECASE)
-    tail = parts[-1] if len(parts) > 1 else ""
+        tail = parts[-1] if len(parts) > 1 else ""
     line = tail.lstrip("*_` \t\r\n").partition("\n")[0]
     return line.rstrip("*_`. \t\r") or None
 
@@ -643,7 +643,7 @@ def evaluate(model, tok, cfg):
 class Algo:
     """What tells one policy-gradient method from another."""
 
-    # group_std: (r - mean)/std of the group · group: r - mean · loo: r - mean of the others · batch: r - mean of all
+    # group_std: (r - mean)/std of the group · group: r - mean · batch: r - mean of all
     advantage: str = "group_std"
     # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
     loss_agg: str = "token"
@@ -672,15 +672,12 @@ def advantages(reward_PG, kind):
 
     Groups of equal rewards get exactly 0 from all kinds except "batch", whose baseline is not theirs.
     """
-    G = reward_PG.size(1)
     if kind == "batch":
         return reward_PG - reward_PG.mean()
     adv_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     if kind == "group_std":
-        variance_P1 = adv_PG.square().sum(1, keepdim=True) / (G - 1)
+        variance_P1 = adv_PG.square().sum(1, keepdim=True) / (reward_PG.size(1) - 1)
         adv_PG = adv_PG / (variance_P1.sqrt() + 1e-6)
-    elif kind == "loo":
-        adv_PG = adv_PG * G / (G - 1)  # r - (sum - r)/(G - 1)
     # The mean of equal floats need not be that float: test the rewards, not their spread.
     return torch.where(informative(reward_PG)[:, None], adv_PG, 0.0)
 

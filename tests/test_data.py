@@ -247,6 +247,7 @@ def test_the_cached_base_is_of_what_is_in_the_file(small, tmp_path):
     [
         ("3+4 = 7\n#### 7", "7"),
         ("#### 1\n#### 2 \nthanks", "2"),  # the last one
+        ("12#####3", "3"),
         ("so \\boxed{\\frac{1}{2}} and #### 3", "\\frac{1}{2}"),  # a box wins; braces match
         ("\\boxed{1} then \\boxed{2}", "2"),
         ("\\boxed{1} then \\boxed{2", "1"),  # the last one is cut off
