@@ -87,7 +87,7 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     how much of the heads' gradient enters the trunk. heads may be None: then K = 0.
     Returns logp_BT (B, T-1) and logp_BKT (B, K, T-1), both 0 off their masks, and the hidden states h_BTC.
     """
-    (B, T), K = tokens_BT.shape, len(heads.heads) if heads else 0
+    B, T = tokens_BT.shape
     target_BT, W = tokens_BT[:, 1:], model.lm_head.weight
     with autocast(tokens_BT.device):
         h_BTC = model.hidden(tokens_BT)
@@ -95,7 +95,7 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     logp_BT = masked_logp(h_BTC[:, :-1], W, target_BT, mask_BT, temperature, impl)
     if not heads:
         return logp_BT, logp_BT.new_zeros(B, 0, T - 1), h_BTC
-    aligned = []
+    aligned, K = [], len(depths)
     for k, h in enumerate(depths, start=1):
         aligned.append(F.pad(h, (0, 0, k, 0))[:, : T - 1])  # position i goes to column i + k
     h_BKTC, mask_BKT = torch.stack(aligned, 1), aligned_mask(mask_BT, K)
@@ -154,7 +154,8 @@ def settle(log_p, log_q_BKV, draft_BK, temperature, u, u_last):
     The token behind those comes from the trunk, instead of the first rejected draft or after the last one; what stands
     further right is nothing. log_p (B, K+1, V) are the trunk's, u and u_last (B, K+1) uniform numbers.
     """
-    K, rows = draft_BK.size(1), torch.arange(len(draft_BK), device=draft_BK.device)
+    B, K = draft_BK.shape
+    rows = torch.arange(B, device=draft_BK.device)
     good = accepts(log_p[:, :K], log_q_BKV, draft_BK, temperature, u[:, :K]).long().cumprod(1)
     accepted = good.sum(1)
     log_last = log_p[rows, accepted]
@@ -303,9 +304,8 @@ class RecomputedLogp(torch.autograd.Function):
 
         dz_iv = g_i ([v = target_i] - p_iv) / temperature        dh = dz W        dW = dz^T h
 
-    FLOPs: z, dh and dW take 2·N·C·V each, and the backward makes z again, some columns of V at a time: 8·N·C·V, where
-    "naive", which holds z, p and dz, takes 6·N·C·V. No atomics: the same bits each time. Sums are float32 whatever h is;
-    only dz of the Triton path is rounded, to bfloat16 where h is, for the tensor cores.
+    The backward makes z again, some columns of V at a time: 8·N·C·V FLOPs, where "naive" takes 6·N·C·V. No atomics: the
+    same bits each time. Sums are float32; only dz of the Triton path is rounded, to bfloat16 where h is.
     """
 
     @staticmethod
@@ -347,7 +347,8 @@ def column_chunks(n_tokens, vocab_size, logits, multiple=64):
 
 def chunked_logits(h_NC, weight, temperature):
     """(columns, their logits), one chunk after the other in one buffer."""
-    h, chunks = accurate(h_NC), column_chunks(len(h_NC), len(weight), CHUNK_LOGITS)
+    h = accurate(h_NC)
+    chunks = column_chunks(len(h), len(weight), CHUNK_LOGITS)
     buffer = h.new_empty(len(h) * (chunks[0].stop - chunks[0].start))
     for columns in chunks:
         W = accurate(weight[columns])
@@ -481,7 +482,8 @@ def why_no_triton(device, dtype):
     h = torch.randn(150, 40, device=device, generator=random).to(dtype).requires_grad_()
     W = torch.randn(300, 40, device=device, generator=random).to(dtype).requires_grad_()
     g = torch.randn(150, device=device, generator=random)
-    targets, results = torch.arange(150, device=device) * 2, []
+    targets = torch.arange(150, device=device) * 2
+    results = []
     try:
         for impl in ("chunked", "triton"):
             logp = RecomputedLogp.apply(h, W, targets, 0.8, impl)
@@ -503,7 +505,8 @@ def launch(kernel, programs, h_NC, *args):
 def triton_statistics(h_NC, weight, target_N, temperature):
     """As chunked_statistics. Splits of the columns are merged here, in a fixed order."""
     N, C = h_NC.shape
-    V, tile = len(weight), TILES[h_NC.element_size()]
+    V = len(weight)
+    tile = TILES[h_NC.element_size()]
     tiles, pieces = -(-N // tile["ROWS"]), -(-V // tile["COLUMNS"])
     width = -(-pieces // min(-(-PROGRAMS // tiles), pieces)) * tile["COLUMNS"]
     splits = -(-V // width)

@@ -45,10 +45,10 @@ from model import autocast, gather, generate, share, total, world
 
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
-# tiktoken looks for its files by these names.
-GPT2 = (
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/: vocab.bpe as "
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+GPT2_HELP = (
+    "connect to a network once, or set TIKTOKEN_CACHE_DIR to a folder that has these files of "
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names that tiktoken looks for: vocab.bpe "
+    "as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 )
 
 
@@ -63,10 +63,7 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
-        raise ValueError(
-            "--tokenizer gpt2: its files could not be fetched; connect to a network once, or set TIKTOKEN_CACHE_DIR to "
-            f"a folder that has, from {GPT2}"
-        ) from error
+        raise ValueError(f"--tokenizer gpt2: its files could not be fetched; {GPT2_HELP}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,7 +98,7 @@ def columns(sums, slips):
 
 
 def slip(slips):
-    """Whether a carry is lost: by chance 1/2 in careless work, whose random.Random slips is. It is None in careful work."""
+    """Whether a carry is lost. slips is None in careful work, else the random.Random that tosses a coin."""
     return slips is not None and slips.random() < 0.5
 
 
@@ -363,7 +360,8 @@ def problem_of(record, path, where):
     solution = record.get("solution")
     if not isinstance(solution, str):  # none, or several
         solution = ""
-    answer, final = record.get("answer", record.get("Answer")), record.get("final_answer")
+    answer = record.get("answer", record.get("Answer"))
+    final = record.get("final_answer")
     if answer is None and isinstance(final, list) and len(final) == 1:
         answer = final[0]
     if answer is None:
@@ -449,8 +447,10 @@ NUMBER = re.compile(rf"([+-]?)\s?(?:{FRACTION}|((?:{DECIMAL})(?:{POWER})?))\s?(%
 
 
 def extract_answer(text):
-    """What a completion gives as its answer: the last \\boxed{...}, else the last "\\boxed 5", else the line after the
-    last "####", else after the last "Answer:" (in any case). None when there is none: never the whole text."""
+    """What a completion gives as its answer, never the whole text, and None when there is none.
+
+    It is the last \\boxed{...}, else the last "\\boxed 5", else the line after the last "####", else after "Answer:".
+    """
     starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
     for start in reversed(starts[-10:]):  # the last ones may be cut off, or only mention a box
         depth = 1
@@ -543,7 +543,8 @@ def sample(model, tok, problems, num_generations, max_new_tokens, temperature, g
     shape = (len(problems) * G, max_new_tokens, 3) if heads else (len(problems) * G, max_new_tokens)
     u = torch.rand(shape, generator=generator)
     mine = share(len(problems))
-    u, problems = u[mine.start * G : mine.stop * G], problems[mine]
+    u = u[mine.start * G : mine.stop * G]
+    problems = problems[mine]
     part = None
     if problems:
         room = max(model.cfg.block_size - max_new_tokens, 1)
@@ -559,7 +560,10 @@ def sample(model, tok, problems, num_generations, max_new_tokens, temperature, g
         part = {k: x.cpu() for k, x in batch.items()}, texts
     parts = [part for part in gather(part) if part]
     batch = concatenate([batch for batch, _ in parts])
-    return {k: x.to(device) for k, x in batch.items()}, [text for _, texts in parts for text in texts]
+    texts = []
+    for _, own_texts in parts:
+        texts += own_texts
+    return {k: x.to(device) for k, x in batch.items()}, texts
 
 
 def concatenate(batches):
@@ -668,10 +672,7 @@ ALGOS = {
 
 
 def advantages(reward_PG, kind):
-    """(P, G) rewards -> (P, G) advantages; see Algo.advantage.
-
-    Groups of equal rewards get exactly 0 from all kinds except "batch", whose baseline is not theirs.
-    """
+    """(P, G) rewards -> (P, G) advantages, of groups of equal rewards exactly 0 (in "batch" the baseline is not theirs)."""
     if kind == "batch":
         return reward_PG - reward_PG.mean()
     adv_PG = reward_PG - reward_PG.mean(1, keepdim=True)
@@ -716,10 +717,7 @@ def policy_loss(logp, old, adv_B, mask, weight, algo):
 
 
 def kl_to_base(logp_BT, mb):
-    """KL(policy, frozen base) on the policy's own samples, by r - 1 - log r ≥ 0 with r = p_base/p (k3 of Schulman).
-
-    0 for a method without a base.
-    """
+    """KL(policy, frozen base) by Schulman's k3 = r - 1 - log r ≥ 0, r = p_base/p; 0 for a method without a base."""
     if "ref" not in mb:
         return torch.zeros(())
     log_r = (mb["ref"] - logp_BT).clamp(-20, 20)
@@ -787,7 +785,8 @@ def largest(x):
 
 def ratio_metrics(name, logp, old, adv_B, mask, algo):
     """Largest importance ratio, and share of tokens that the clip takes out below (A < 0) and above (A > 0)."""
-    ratio, adv = importance_ratio(logp.detach(), old, mask, algo), adv_B.view(-1, *[1] * (logp.ndim - 1))
+    ratio = importance_ratio(logp.detach(), old, mask, algo)
+    adv = adv_B.view(-1, *[1] * (logp.ndim - 1))
     low = mask & (ratio < 1 - algo.clip_eps_low) & (adv < 0)
     high = mask & (ratio > 1 + algo.clip_eps_high) & (adv > 0)
     count, low, high = total(torch.stack((mask.sum(), low.sum(), high.sum()))).tolist()
@@ -799,14 +798,11 @@ def ratio_metrics(name, logp, old, adv_B, mask, algo):
 
 
 def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
-    """What the forward pass of an update tells of trunk and heads.
-
-    After the first one after the rollout also rollout/logp_gap, the largest difference to the sampler's log-probs, and
-    mtp/agreement_k: mean of min(1, q/p), the share of tokens that a speculative sampler drafting from head k would
-    accept (its expectation is sum_v min(p_v, q_v)).
-    """
+    """What the forward pass of an update tells of trunk and heads; first: of the first update after the rollout."""
     metrics = {}
     if first:
+        # The gap is to the sampler's log-probs. The agreement is the share of tokens that a speculative sampler would
+        # accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
         metrics["rollout/logp_gap"] = largest((logp_BT.detach() - mb["logp"]).abs() * mb["mask"])
         accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
         scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
@@ -856,7 +852,7 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     if world()[1] == 1:  # a mean over pairs, which processes would cut
         base = mb["old"][:, None].expand_as(mb["old_mtp"])  # the trunk's old log-probs, as in --released
         _, gap = occ.token_deltas(logp, mb["old"], mb["old_mtp"], base, mb["mask_mtp"])
-        scored, scale = mb["mask_mtp"].any(1), occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
-        lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, scored, scale)
+        scale = occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
+        lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, mb["mask_mtp"].any(1), scale)
         terms["lam_released"] = lam_B.mean().item()
     return {f"occ/{name}": value for name, value in terms.items()}
