@@ -37,26 +37,23 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of one block, (B, T, H, D) each. They are made at the first write."""
+    """Keys and values of one block, (2, B, T, H, D). They are made at the first write."""
 
     def __init__(self, T):
         self.T = T
-        self.k = self.v = None
+        self.kv = None
 
     def select(self, rows):
         """Keep these rows; a row may be named several times."""
-        self.k = self.k.index_select(0, rows)
-        self.v = self.v.index_select(0, rows)
+        self.kv = self.kv.index_select(1, rows)
 
-    def write(self, k, v, pos_BS, end):
-        """Store k, v (B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
-        if self.k is None:
-            self.k = k.new_zeros(k.size(0), self.T, *k.shape[2:])
-            self.v = torch.zeros_like(self.k)
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[rows, pos_BS] = k
-        self.v[rows, pos_BS] = v
-        return self.k[:, :end], self.v[:, :end]
+    def write(self, kv, pos_BS, end):
+        """Store kv (2, B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
+        if self.kv is None:
+            self.kv = kv.new_zeros(2, kv.size(1), self.T, *kv.shape[3:])
+        rows = torch.arange(kv.size(1), device=kv.device)[:, None]
+        self.kv[:, rows, pos_BS] = kv
+        return self.kv[:, :, :end]
 
 
 class Block(nn.Module):
@@ -79,7 +76,7 @@ class Block(nn.Module):
         q, k, v = qkv.unbind(2)  # (B, S, H, D)
         mask = None
         if cache is not None:
-            k, v = cache.write(k, v, pos_BS, end)
+            k, v = cache.write(torch.stack((k, v)), pos_BS, end)
             mask = pos_BS[:, None, :, None] >= torch.arange(end, device=x.device)  # (B, 1, S, end)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, ·, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -193,7 +190,8 @@ def read_prompts(model, prompts, num_generations, max_new_tokens):
     """
     tokens_PT, _ = pad(prompts, model.wte.weight.device)
     P, longest = tokens_PT.shape
-    room, block_size = longest + max_new_tokens, model.cfg.block_size
+    room = longest + max_new_tokens
+    block_size = model.cfg.block_size
     if room > block_size:
         sizes = f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} = {room}"
         raise ValueError(f"{sizes} exceeds block_size {block_size}")
