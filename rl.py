@@ -271,26 +271,25 @@ def suites_of(task, data_dir="data", scoring=False):
     those to train on. ValueError on anything else.
     """
     flag, known = ("--suite", SCORE) if scoring else ("--task", TRAIN)
-    several = {"arithmetic": SUITES, "competition": COMPETITION} if scoring else {"arithmetic": SUITES}
+    groups = {"arithmetic": SUITES, "competition": COMPETITION} if scoring else {"arithmetic": SUITES}
     names, suites = [], []
     for name in task.split(","):
-        names += several.get(name, [name])
+        names += groups.get(name, [name])
     for name in names:
         if name in known:
             name = data_file(known[name], data_dir)
         elif name in [*SCORE, "competition"]:
             raise ValueError(f"{flag} {name}: a set to score on: python eval.py score RUN --suite {name}")
         elif name not in SUITES and not name.endswith(".jsonl"):
-            allowed = f"{', '.join(several)}, or some of {','.join([*SUITES, *known])},FILE.jsonl"
+            allowed = f"{', '.join(groups)}, or some of {','.join([*SUITES, *known])},FILE.jsonl"
             raise ValueError(f"{flag}: unknown suite {name!r}; allowed: {allowed}")
         if name not in SUITES:
             read_problems(name)
         if name in suites:
             continue
-        if label(name) in ["score", "all", *map(label, suites)]:
-            raise ValueError(
-                f"{flag}: {name}: the name {label(name)} is taken in logs and tables; rename the file"
-            )
+        tag = label(name)
+        if tag in ["score", "all", *map(label, suites)]:
+            raise ValueError(f"{flag}: {name}: the name {tag} is taken in logs and tables; rename the file")
         suites.append(name)
     return suites
 
@@ -322,9 +321,8 @@ def read_problems(path):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     is_array = text.lstrip().startswith("[")
-    items = (
-        parse_json(text, path) if is_array else text.split("\n")
-    )  # not splitlines: a text may have other separators
+    # Not splitlines: a text may contain other separators.
+    items = parse_json(text, path) if is_array else text.split("\n")
     problems = []
     for i, item in enumerate(items, 1):
         where = f"{path}:{i}"
