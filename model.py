@@ -37,24 +37,23 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of one block, (B, T, H, D) each."""
+    """Keys and values of one block, (2, B, T, H, D). They are made at the first write."""
 
-    def __init__(self, cfg, B, T, device, dtype):
-        shape = (B, T, cfg.n_head, cfg.n_embd // cfg.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, T):
+        self.T = T
+        self.kv = None
 
     def select(self, rows):
         """Keep these rows; a row may be named several times."""
-        self.k = self.k.index_select(0, rows)
-        self.v = self.v.index_select(0, rows)
+        self.kv = self.kv.index_select(1, rows)
 
-    def write(self, k, v, pos_BS, end):
-        """Store k, v (B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[rows, pos_BS] = k.to(self.k.dtype)
-        self.v[rows, pos_BS] = v.to(self.v.dtype)
-        return self.k[:, :end].to(k.dtype), self.v[:, :end].to(v.dtype)
+    def write(self, kv, pos_BS, end):
+        """Store kv (2, B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
+        if self.kv is None:
+            self.kv = kv.new_zeros(2, kv.size(1), self.T, *kv.shape[3:])
+        rows = torch.arange(kv.size(1), device=kv.device)[:, None]
+        self.kv[:, rows, pos_BS] = kv
+        return self.kv[:, :, :end]
 
 
 class Block(nn.Module):
@@ -77,7 +76,7 @@ class Block(nn.Module):
         q, k, v = qkv.unbind(2)  # (B, S, H, D)
         mask = None
         if cache is not None:
-            k, v = cache.write(k, v, pos_BS, end)
+            k, v = cache.write(torch.stack((k, v)), pos_BS, end)
             mask = pos_BS[:, None, :, None] >= torch.arange(end, device=x.device)  # (B, 1, S, end)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, ·, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -134,10 +133,8 @@ def find_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device {name}: cannot be used here ({reason}); allowed: auto, cpu, cuda:1, mps, ..."
-        ) from None
+        reason = f"cannot be used here ({str(error).splitlines()[0]})"
+        raise ValueError(f"--device {name}: {reason}; allowed: auto, cpu, cuda:1, mps, ...") from None
 
 
 def hidden_dtype(device):
@@ -180,60 +177,59 @@ def tempered(logits, temperature):
     return F.log_softmax(logits / (temperature or 1.0), dim=-1)
 
 
-def read_prompts(model, prompts, max_new_tokens, num_blocks):
-    """Prompts as right-padded tokens (P, T) and lengths (P,), and num_blocks empty KVCaches with room for the response.
+def at_token(logp, tokens):
+    """Of log-probs (..., V) those of some tokens (...)."""
+    return logp.gather(-1, tokens[..., None]).squeeze(-1)
 
+
+def read_prompts(model, prompts, num_generations, max_new_tokens):
+    """Each prompt is read once for all of its samples: B = P·G rows, those of a prompt adjacent.
+
+    Returns right-padded tokens (B, T), their hidden states (B, T, C), and a KVCache a block with room for the responses.
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
-    device = model.wte.weight.device
-    tokens_PT, length_P = pad(prompts, device)
-    room = tokens_PT.size(1) + max_new_tokens
-    if room > model.cfg.block_size:
-        raise ValueError(
-            f"prompt of {tokens_PT.size(1)} tokens + max_new_tokens {max_new_tokens} = {room} exceeds "
-            f"block_size {model.cfg.block_size}"
-        )
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    return (
-        tokens_PT,
-        length_P,
-        [KVCache(model.cfg, len(prompts), room, device, dtype) for _ in range(num_blocks)],
-    )
+    tokens_PT, _ = pad(prompts, model.wte.weight.device)
+    P, longest = tokens_PT.shape
+    room = longest + max_new_tokens
+    block_size = model.cfg.block_size
+    if room > block_size:
+        sizes = f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} = {room}"
+        raise ValueError(f"{sizes} exceeds block_size {block_size}")
+    caches = [KVCache(room) for _ in model.blocks]
+    pos_PT = torch.arange(longest, device=tokens_PT.device).expand(P, longest)
+    h_PTC = model.hidden(tokens_PT, caches, pos_PT, end=longest)
+    group_B = torch.arange(P, device=tokens_PT.device).repeat_interleave(num_generations)
+    for cache in caches:
+        cache.select(group_B)
+    return tokens_PT[group_B], h_PTC[group_B], caches
 
 
 @torch.no_grad()
 def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, u_BR=None):
-    """num_generations samples of each prompt, those of a prompt adjacent: B = P·G rows.
+    """num_generations samples of each prompt, as rows of `read_prompts`.
 
     prompts is a list of token-id lists. u_BR: the uniform random numbers that decide the tokens, drawn here if None.
     Returns a dict of tokens (B, T), mask (B, T-1), True where token t+1 was sampled, its end included, and logp
     (B, T-1), its log-prob at this temperature, 0 off the mask. Raises ValueError as `read_prompts` does.
     """
-    P, G, R = len(prompts), num_generations, max_new_tokens
-    tokens_PT, length_P, caches = read_prompts(model, prompts, R, model.cfg.n_layer)
-    device, longest = tokens_PT.device, tokens_PT.size(1)
-    pos_PT = torch.arange(longest, device=device).expand(P, longest)
-    h_PTC = model.hidden(
-        tokens_PT, caches, pos_PT, end=longest
-    )  # a prompt is read once for all of its samples
-
-    group = torch.arange(P, device=device).repeat_interleave(G)
-    for cache in caches:
-        cache.select(group)
-    pos_B = length_P[group]  # where each row's next token goes
-    h_BC = h_PTC[group, pos_B - 1]
-    tokens_BT = F.pad(tokens_PT, (0, R))[group]
+    R = max_new_tokens
+    tokens_BT, h_BTC, caches = read_prompts(model, prompts, num_generations, R)
+    B, longest = tokens_BT.shape
+    device = tokens_BT.device
+    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    pos_B = length_P.repeat_interleave(num_generations)  # where each row's next token goes
+    row_B = torch.arange(B, device=device)
+    h_BC = h_BTC[row_B, pos_B - 1]
+    tokens_BT = F.pad(tokens_BT, (0, R))
     mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     logp_BT = torch.zeros(tokens_BT.shape, device=device)
-    u_BR = (torch.rand(P * G, R) if u_BR is None else u_BR).to(device)
-    row_B = torch.arange(P * G, device=device)
-    alive_B = torch.ones_like(row_B, dtype=torch.bool)
+    u_BR = (torch.rand(B, R) if u_BR is None else u_BR).to(device)
     for i in range(R):
         logp_BV = tempered(model.logits(h_BC), temperature)
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
         tokens_BT[row_B, pos_B] = token_B
         mask_BT[row_B, pos_B] = True
-        logp_BT[row_B, pos_B] = logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+        logp_BT[row_B, pos_B] = at_token(logp_BV, token_B)
         alive_B = token_B != eos
         if i == R - 1 or not alive_B.any():
             break

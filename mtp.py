@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from model import Block, autocast, choose, read_prompts, tempered
+from model import Block, KVCache, at_token, autocast, choose, read_prompts, tempered
 from occ import scale_grad
 
 
@@ -39,13 +39,14 @@ class Head(nn.Module):
         C = cfg.n_embd
         self.block = Block(cfg)
         self.norm = nn.LayerNorm(C, bias=False)
+        self.sequential = sequential
         if sequential:
             self.norm_h, self.norm_e = nn.LayerNorm(C, bias=False), nn.LayerNorm(C, bias=False)
             self.proj = nn.Linear(2 * C, C, bias=False)
 
     def forward(self, h, emb, cache=None, pos_BS=None, end=None):
-        """emb is None in the parallel design. The rest is as in Block.forward."""
-        if emb is not None:
+        """The parallel design does not read emb. The rest is as in Block.forward."""
+        if self.sequential:
             h = self.proj(torch.cat((self.norm_h(h), self.norm_e(emb)), dim=-1))
         return self.norm(self.block(h, cache, pos_BS, end))
 
@@ -66,11 +67,9 @@ class MTPHeads(nn.Module):
         below, out = h_BTC, []
         for k, head in enumerate(self.heads, start=1):
             S = max(h_BTC.size(1) - 1 - k, 0)
-            if self.sequential:
-                below = head(below[:, :S], emb_BTC[:, k : k + S])
-                out.append(below)
-            else:
-                out.append(head(h_BTC[:, :S], None))
+            h = head(below[:, :S], emb_BTC[:, k : k + S])
+            below = h if self.sequential else below
+            out.append(h)
         return out
 
 
@@ -88,7 +87,7 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     how much of the heads' gradient enters the trunk. heads may be None: then K = 0.
     Returns logp_BT (B, T-1) and logp_BKT (B, K, T-1), both 0 off their masks, and the hidden states h_BTC.
     """
-    (B, T), K = tokens_BT.shape, len(heads.heads) if heads else 0
+    B, T = tokens_BT.shape
     target_BT, W = tokens_BT[:, 1:], model.lm_head.weight
     with autocast(tokens_BT.device):
         h_BTC = model.hidden(tokens_BT)
@@ -96,14 +95,12 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     logp_BT = masked_logp(h_BTC[:, :-1], W, target_BT, mask_BT, temperature, impl)
     if not heads:
         return logp_BT, logp_BT.new_zeros(B, 0, T - 1), h_BTC
-    aligned = [
-        F.pad(h, (0, 0, k, 0))[:, : T - 1] for k, h in enumerate(depths, start=1)
-    ]  # position i to column i + k
+    aligned, K = [], len(depths)
+    for k, h in enumerate(depths, start=1):
+        aligned.append(F.pad(h, (0, 0, k, 0))[:, : T - 1])  # position i goes to column i + k
+    h_BKTC, mask_BKT = torch.stack(aligned, 1), aligned_mask(mask_BT, K)
     target_BKT = target_BT[:, None].expand(B, K, T - 1)
-    mask_BKT = aligned_mask(mask_BT, K)
-    logp_BKT = masked_logp(
-        torch.stack(aligned, 1), scale_grad(W, door), target_BKT, mask_BKT, temperature, impl
-    )
+    logp_BKT = masked_logp(h_BKTC, scale_grad(W, door), target_BKT, mask_BKT, temperature, impl)
     return logp_BT, logp_BKT, h_BTC
 
 
@@ -125,9 +122,7 @@ def accepts(log_p_BKV, log_q_BKV, draft_BK, temperature, u_BK):
     """
     if temperature == 0:
         return draft_BK == log_p_BKV.argmax(-1)
-    log_p_BK = log_p_BKV.gather(-1, draft_BK[..., None]).squeeze(-1)
-    log_q_BK = log_q_BKV.gather(-1, draft_BK[..., None]).squeeze(-1)
-    return u_BK < (log_p_BK - log_q_BK).exp()
+    return u_BK < (at_token(log_p_BKV, draft_BK) - at_token(log_q_BKV, draft_BK)).exp()
 
 
 def after_rejection(log_p_BV, log_q_BV):
@@ -136,18 +131,17 @@ def after_rejection(log_p_BV, log_q_BV):
     return torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV.log(), log_p_BV)
 
 
-def draft(model, heads, caches, tokens, states, n_B, end, temperature, u_BK):
+def draft(model, heads, caches, tokens, states, n_B, end, width, temperature, u_BK):
     """Each head writes its draft behind position n_B, the last token's; returns their log-probs (B, K, V).
 
-    Head k reads position n-1 last and predicts token n+k. A state of its last K+1 positions may be that of a rejected
-    draft: they are made again. Other columns of its cache are right, or past its own position.
+    Head k reads the last positions before n_B, as many as width says, and predicts token n+k. A state of the last K+1
+    may be that of a rejected draft, so they are made again. Other columns of its cache are right, or past its position.
     """
-    K, rows = len(heads.heads), torch.arange(len(n_B), device=n_B.device)[:, None]
-    window = (n_B[:, None] + torch.arange(-K - 1, 0, device=n_B.device)).clamp(min=0)
+    rows = torch.arange(len(n_B), device=n_B.device)[:, None]
+    window = (n_B[:, None] + torch.arange(-width, 0, device=n_B.device)).clamp(min=0)
     below, log_q = states[rows, window], []
     for k, head in enumerate(heads.heads, start=1):
-        emb = model.wte(tokens[rows, window + k]) if heads.sequential else None
-        h = head(below, emb, caches[k - 1], window, end)
+        h = head(below, model.wte(tokens[rows, window + k]), caches[k - 1], window, end)
         log_q.append(tempered(model.logits(h[:, -1]), temperature))
         tokens[rows[:, 0], n_B + k] = choose(log_q[-1], temperature, u_BK[:, k - 1])
         below = h if heads.sequential else below
@@ -160,7 +154,8 @@ def settle(log_p, log_q_BKV, draft_BK, temperature, u, u_last):
     The token behind those comes from the trunk, instead of the first rejected draft or after the last one; what stands
     further right is nothing. log_p (B, K+1, V) are the trunk's, u and u_last (B, K+1) uniform numbers.
     """
-    K, rows = draft_BK.size(1), torch.arange(len(draft_BK), device=draft_BK.device)
+    B, K = draft_BK.shape
+    rows = torch.arange(B, device=draft_BK.device)
     good = accepts(log_p[:, :K], log_q_BKV, draft_BK, temperature, u[:, :K]).long().cumprod(1)
     accepted = good.sum(1)
     log_last = log_p[rows, accepted]
@@ -183,46 +178,39 @@ def speculative_generate(
     Returns the dict of model.generate with one more entry: draft (B, T-1), the depth k of the head whose draft the
     token was, 0 where the trunk sampled it.
     """
-    P, G, R, K = len(prompts), num_generations, max_new_tokens, len(heads.heads)
-    tokens, length, caches = read_prompts(model, prompts, R, model.cfg.n_layer + K)
-    trunk_caches, head_caches = caches[: model.cfg.n_layer], caches[model.cfg.n_layer :]
-    device, longest = tokens.device, tokens.size(1)
-    pos = torch.arange(longest, device=device).expand(P, longest)
-    tokens = F.pad(tokens, (0, R + K + 1))
-    states = model.hidden(tokens[:, :longest], trunk_caches, pos, longest).float()
-    below = states
-    for k, head in enumerate(
-        heads.heads, start=1
-    ):  # states that rest on tokens behind the prompt are made again
-        emb = model.wte(tokens[:, k : k + longest]) if heads.sequential else None
-        h = head(below, emb, head_caches[k - 1], pos, longest)
-        below = h if heads.sequential else states
-
-    group = torch.arange(P, device=device).repeat_interleave(G)
-    for cache in caches:
-        cache.select(group)
-    tokens, states = tokens[group], F.pad(states, (0, 0, 0, R))[group]
-    u_BR3 = (torch.rand(P * G, R, 3) if u_BR3 is None else u_BR3).to(device)
-    row, j = torch.arange(P * G, device=device), torch.arange(K + 1, device=device)
+    R, K = max_new_tokens, len(heads.heads)
+    tokens, states, trunk_caches = read_prompts(model, prompts, num_generations, R)
+    B, longest = tokens.shape
+    device = tokens.device
+    tokens, states = F.pad(tokens, (0, R + K + 1)), F.pad(states, (0, 0, 0, R))
+    head_caches = [KVCache(longest + R) for _ in heads.heads]
+    u_BR3 = (torch.rand(B, R, 3) if u_BR3 is None else u_BR3).to(device)
+    row, j = torch.arange(B, device=device), torch.arange(K + 1, device=device)
     rows = row[:, None]
-    first = length[group]  # position of each row's first token, and n that of its last one so far
+    logp = torch.zeros(tokens.shape, device=device)
+    # The depth of the head that drafted a token; 0 is the trunk, -1 outside of the response.
+    depth = torch.full_like(tokens, -1)
+
+    # The first token comes from the trunk. n is the position of each row's last token so far.
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    first = length.repeat_interleave(num_generations)
     n = first
     log_p = tempered(model.logits(states[row, n - 1]), temperature)
     tokens[row, n] = choose(log_p, temperature, u_BR3[:, 0, 2])
-    mask, depth = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens)
-    logp = torch.zeros(tokens.shape, device=device)
-    mask[row, n] = True
-    logp[row, n] = log_p.gather(-1, tokens[row, n][:, None]).squeeze(-1)
+    logp[row, n] = at_token(log_p, tokens[row, n])
+    depth[row, n] = 0
     alive = (tokens[row, n] != eos) & (R > 1)
+    width = max(longest, K + 1)  # the heads read the whole prompt, then only what may have been rejected
     while alive.any():
         at = n[:, None] + 1 + j  # where a round's tokens go, K+1 at the most
         u = u_BR3[rows, (at - first[:, None]).clamp(max=R - 1)]  # (B, K+1, 3)
         end = min(int(n.max()) + K + 1, longest + R)
-        log_q = draft(model, heads, head_caches, tokens, states, n, end, temperature, u[..., 0])
+        log_q = draft(model, heads, head_caches, tokens, states, n, end, width, temperature, u[..., 0])
+        width = K + 1
         # The trunk reads the last token and all drafts in one pass. What it finds at the last column is never used.
         pos = (at - 1).clamp(max=longest + R - 1)
         h = model.hidden(tokens[rows, at - 1], trunk_caches, pos, end)
-        states[rows, pos] = h.float()
+        states[rows, pos] = h
         log_p = tempered(model.logits(h), temperature)
         new, accepted = settle(log_p, log_q, tokens[rows, at[:, :K]], temperature, u[..., 1], u[..., 2])
 
@@ -230,18 +218,14 @@ def speculative_generate(
         ended = (new == eos) & kept
         kept &= ended.cumsum(1) - ended.long() == 0  # nothing behind the end, which is kept
         tokens[rows, at] = new * kept
-        mask[rows, at] = kept
-        logp[rows, at] = log_p.gather(-1, new[..., None]).squeeze(-1) * kept
-        depth[rows, at] = (1 + j) * (kept & (j < accepted[:, None]))
+        logp[rows, at] = at_token(log_p, new) * kept
+        depth[rows, at] = torch.where(kept, (1 + j) * (j < accepted[:, None]), -1)
         n = n + kept.sum(1)
-        alive = alive & ~(ended & kept).any(1) & (n + 1 < first + R)
+        alive = alive & ~ended.any(1) & (n + 1 < first + R)
+    mask = depth >= 0
     end = int(mask.any(0).nonzero().max()) + 1
-    return {
-        "tokens": tokens[:, :end],
-        "mask": mask[:, 1:end],
-        "logp": logp[:, 1:end],
-        "draft": depth[:, 1:end],
-    }
+    out = {"tokens": tokens[:, :end], "mask": mask[:, 1:end], "logp": logp[:, 1:end]}
+    return out | {"draft": depth[:, 1:end].clamp(min=0)}
 
 
 def speculation_metrics(mask_BT, draft_BT, depth):
@@ -254,11 +238,10 @@ def speculation_metrics(mask_BT, draft_BT, depth):
     fruitless = (own_BT[:, :-1] & own_BT[:, 1:]).sum().item()  # a round whose first draft was rejected
     rounds = max(fruitless + (draft_BT == 1).sum().item(), 1)
     tokens, rows = mask_BT.sum().item(), len(mask_BT)
-    rates = {f"spec/accept_rate_{k}": (draft_BT == k).sum().item() / rounds for k in range(1, depth + 1)}
-    return rates | {
-        "spec/accept_len": (tokens - rows) / rounds,
-        "spec/tokens_per_call": tokens / (rounds + rows),
-    }
+    metrics = {f"spec/accept_rate_{k}": (draft_BT == k).sum().item() / rounds for k in range(1, depth + 1)}
+    metrics["spec/accept_len"] = (tokens - rows) / rounds
+    metrics["spec/tokens_per_call"] = tokens / (rounds + rows)
+    return metrics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,7 +285,7 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
     with torch.autocast(h.device.type, enabled=False):
         if impl == "naive" or target_N.numel() == 0:
             logp_NV = F.log_softmax(F.linear(accurate(h_NC), accurate(weight)) / temperature, dim=-1)
-            logp_N = logp_NV.gather(-1, target_N[:, None]).squeeze(-1)
+            logp_N = at_token(logp_NV, target_N)
         else:
             logp_N = RecomputedLogp.apply(h_NC, weight, target_N, temperature, impl)
     return torch.where(valid_N, logp_N, torch.nan).view(targets.shape)
@@ -321,9 +304,8 @@ class RecomputedLogp(torch.autograd.Function):
 
         dz_iv = g_i ([v = target_i] - p_iv) / temperature        dh = dz W        dW = dz^T h
 
-    FLOPs: z, dh and dW take 2·N·C·V each, and the backward makes z again, some columns of V at a time: 8·N·C·V, where
-    "naive", which holds z, p and dz, takes 6·N·C·V. No atomics: the same bits each time. Sums are float32 whatever h is;
-    only dz of the Triton path is rounded, to bfloat16 where h is, for the tensor cores.
+    The backward makes z again, some columns of V at a time: 8·N·C·V FLOPs, where "naive" takes 6·N·C·V. No atomics: the
+    same bits each time. Sums are float32; only dz of the Triton path is rounded, to bfloat16 where h is.
     """
 
     @staticmethod
@@ -365,7 +347,8 @@ def column_chunks(n_tokens, vocab_size, logits, multiple=64):
 
 def chunked_logits(h_NC, weight, temperature):
     """(columns, their logits), one chunk after the other in one buffer."""
-    h, chunks = accurate(h_NC), column_chunks(len(h_NC), len(weight), CHUNK_LOGITS)
+    h = accurate(h_NC)
+    chunks = column_chunks(len(h), len(weight), CHUNK_LOGITS)
     buffer = h.new_empty(len(h) * (chunks[0].stop - chunks[0].start))
     for columns in chunks:
         W = accurate(weight[columns])
@@ -496,20 +479,21 @@ def why_no_triton(device, dtype):
     if device != "cuda" and not interpreted():
         return f"tensors are on the {device}, not on cuda"
     random = torch.Generator(device).manual_seed(0)
-    h, W = (
-        torch.randn(n, 40, device=device, generator=random).to(dtype).requires_grad_() for n in (150, 300)
-    )
+    h = torch.randn(150, 40, device=device, generator=random).to(dtype).requires_grad_()
+    W = torch.randn(300, 40, device=device, generator=random).to(dtype).requires_grad_()
     g = torch.randn(150, device=device, generator=random)
     targets = torch.arange(150, device=device) * 2
+    results = []
     try:
-        logp = RecomputedLogp.apply(h, W, targets, 0.8, "triton")
-        found = logp.detach(), *torch.autograd.grad(logp, (h, W), g)
+        for logp in (
+            linear_logp(h, W, targets, 0.8, "naive"),
+            RecomputedLogp.apply(h, W, targets, 0.8, "triton"),
+        ):
+            results.append((logp.detach(), *torch.autograd.grad(logp, (h, W), g)))
     except Exception as error:  # not installed, no compiler, too little shared memory, ...
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    logp = linear_logp(h, W, targets, 0.8, impl="naive")
-    expected = logp.detach(), *torch.autograd.grad(logp, (h, W), g)
-    for a, b in zip(found, expected):
-        if not (a.float() - b.float()).norm() < 0.02 * b.float().norm():
+    for expected, found in zip(*results):
+        if not (found.float() - expected.float()).norm() < 0.02 * expected.float().norm():
             return "its kernels disagree with naive on a small random input"
     return ""
 
@@ -522,7 +506,9 @@ def launch(kernel, programs, h_NC, *args):
 
 def triton_statistics(h_NC, weight, target_N, temperature):
     """As chunked_statistics. Splits of the columns are merged here, in a fixed order."""
-    (N, C), V, tile = h_NC.shape, len(weight), TILES[h_NC.element_size()]
+    N, C = h_NC.shape
+    V = len(weight)
+    tile = TILES[h_NC.element_size()]
     tiles, pieces = -(-N // tile["ROWS"]), -(-V // tile["COLUMNS"])
     width = -(-pieces // min(-(-PROGRAMS // tiles), pieces)) * tile["COLUMNS"]
     splits = -(-V // width)
@@ -540,24 +526,15 @@ def triton_dz(h_NC, weight, target_N, top_N, log_sum_N, g_N, temperature):
 
     It is bfloat16 if h is, else float32: gradients of a mean over many tokens are too small for float16.
     """
-    (N, C), tile = h_NC.shape, TILES[h_NC.element_size()]
-    h, W, g = h_NC.contiguous(), weight.to(h_NC.dtype).contiguous(), (g_N / temperature).float().contiguous()
+    N, C = h_NC.shape
+    tile = TILES[h_NC.element_size()]
+    h, W = h_NC.contiguous(), weight.to(h_NC.dtype).contiguous()
+    target, g = target_N.contiguous(), (g_N / temperature).float().contiguous()
     dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
     for columns in column_chunks(N, len(W), DZ_BYTES // dtype.itemsize, tile["COLUMNS"]):
         width = columns.stop - columns.start
         dz = h.new_empty(N, width, dtype=dtype)
         programs = -(-N // tile["ROWS"]) * -(-width // tile["COLUMNS"])
-        args = (
-            target_N.contiguous(),
-            top_N,
-            log_sum_N,
-            g,
-            dz,
-            N,
-            C,
-            columns.start,
-            columns.stop,
-            1 / temperature,
-        )
-        launch(kernels()[1], programs, h, W, *args)
+        sizes = N, C, columns.start, columns.stop, 1 / temperature
+        launch(kernels()[1], programs, h, W, target, top_N, log_sum_N, g, dz, *sizes)
         yield columns, dz

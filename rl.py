@@ -45,6 +45,11 @@ from model import autocast, gather, generate, share, total, world
 
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
+GPT2_HELP = (
+    "connect to a network once, or set TIKTOKEN_CACHE_DIR to a folder that has these files of "
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names that tiktoken looks for: vocab.bpe "
+    "as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+)
 
 
 @functools.cache
@@ -53,20 +58,12 @@ def get_tokenizer(name):
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256})
-    if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            home = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-            names = [f"{file} as {hashlib.sha1((home + file).encode()).hexdigest()}" for file in GPT2_FILES]
-            raise ValueError(
-                f"--tokenizer gpt2: its files could not be fetched from {home}; connect to a network once, or set "
-                f"TIKTOKEN_CACHE_DIR to a folder that has {' and '.join(names)} (tiktoken looks for these names)"
-            ) from error
-    raise ValueError(f"--tokenizer {name}: unknown; allowed: bytes, gpt2")
-
-
-GPT2_FILES = ("vocab.bpe", "encoder.json")
+    if name != "gpt2":
+        raise ValueError(f"--tokenizer {name}: unknown; allowed: bytes, gpt2")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise ValueError(f"--tokenizer gpt2: its files could not be fetched; {GPT2_HELP}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,78 +77,68 @@ class Problem(NamedTuple):
     solution: str = ""  # for pretraining: working and answer
 
 
-def digit(x, i):
-    return x // 10**i % 10
+def digits(x, n):
+    """The n lowest digits of x, least significant first."""
+    return [x // 10**i % 10 for i in range(n)]
 
 
 def write(x, n):
-    """The n lowest digits of x, least significant first."""
-    return "".join(str(digit(x, i)) for i in range(n))
+    return "".join(map(str, digits(x, n)))
 
 
-def columns(column_sum, width, forget):
-    """Column arithmetic: the digits of sum_i column_sum(i)·10^i, lowest first. A carry is lost when forget()."""
-    digits, carry = "", 0
-    for i in range(width):
-        s = column_sum(i)
-        if carry and not forget():
+def columns(sums, slips):
+    """Column arithmetic: the digits of sum_i sums[i]·10^i, lowest first."""
+    written, carry = "", 0
+    for s in sums:
+        if carry and not slip(slips):
             s += carry
-        digits += str(s % 10)
+        written += str(s % 10)
         carry = s // 10
-    return digits
+    return written
 
 
-# A suite is two functions of its size n. draw(rng, n) -> operands; solve(operands, n, forget) -> prompt, working,
-# answer, where forget() is asked at every carry and says whether this one is lost.
+def slip(slips):
+    """Whether a carry is lost. slips is None in careful work, else the random.Random that tosses a coin."""
+    return slips is not None and slips.random() < 0.5
 
 
-def draw_pair(rng, n):
-    return rng.randrange(10**n), rng.randrange(10**n)
+# A suite draws the operands of size n and solves them: solve(operands, n, slips) -> prompt, working, answer.
 
 
-def solve_add(operands, n, forget):
+def solve_add(operands, n, slips):
     a, b = operands
-    return f"{write(a, n)}+{write(b, n)}=", "", columns(lambda i: digit(a, i) + digit(b, i), n + 1, forget)
+    sums = [i + j for i, j in zip(digits(a, n + 1), digits(b, n + 1))]
+    return f"{write(a, n)}+{write(b, n)}=", "", columns(sums, slips)
 
 
-def solve_sub(operands, n, forget):
+def solve_sub(operands, n, slips):
     a, b = max(operands), min(operands)
-    return f"{write(a, n)}-{write(b, n)}=", "", columns(lambda i: digit(a, i) - digit(b, i), n, forget)
+    sums = [i - j for i, j in zip(digits(a, n), digits(b, n))]
+    return f"{write(a, n)}-{write(b, n)}=", "", columns(sums, slips)
 
 
-def draw_mul(rng, n):
-    return rng.randrange(10**n), rng.randrange(2, 7)
-
-
-def solve_mul(operands, n, forget):
+def solve_mul(operands, n, slips):
     a, b = operands
-    return f"{write(a, n)}*{b}=", "", columns(lambda i: digit(a, i) * b, n + 1, forget)
+    return f"{write(a, n)}*{b}=", "", columns([i * b for i in digits(a, n + 1)], slips)
 
 
-def draw_mod(rng, n):
-    return rng.randrange(10**n), rng.randrange(3, 8)
-
-
-def solve_mod(operands, n, forget):
+def solve_mod(operands, n, slips):
     """Horner's rule from the highest digit; the working is the remainder so far, which plays the carry."""
     a, m = operands
     remainder, working = 0, ""
-    for i in reversed(range(n)):
-        carried = 10 * remainder if remainder and not forget() else 0
-        remainder = (carried + digit(a, i)) % m
+    for i in reversed(digits(a, n)):
+        carried = 10 * remainder if remainder and not slip(slips) else 0
+        remainder = (carried + i) % m
         working += str(remainder)
     return f"{write(a, n)}%{m}=", working[:-1], working[-1]
 
 
-def draw_chain(rng, n):
-    return tuple(rng.randrange(1, 10) for _ in range(n + 1))
-
-
-def solve_chain(operands, n, forget):
+def solve_chain(operands, n, slips):
     """Running sums of one-digit terms; the working is the sums before the last."""
     sum_so_far, sums = operands[0], []
     for term in operands[1:]:
-        sums.append(columns(lambda i: digit(sum_so_far, i) + (term if i == 0 else 0), 2, forget))
+        ones, tens = digits(sum_so_far, 2)
+        sums.append(columns([ones + term, tens], slips))
         sum_so_far = int(sums[-1][::-1])
     return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
 
@@ -161,11 +148,11 @@ def draw_linear(rng, n):
     return a, x, rng.randrange(10**n - a * x)
 
 
-def solve_linear(operands, n, forget):
+def solve_linear(operands, n, slips):
     """Solve a·x + b = c for the digit x; the working is c - b."""
     a, x, b = operands
     c = a * x + b
-    difference = columns(lambda i: digit(c, i) - digit(b, i), n, forget)
+    difference = columns([i - j for i, j in zip(digits(c, n), digits(b, n))], slips)
     return f"{a}x+{write(b, n)}={write(c, n)}:", difference, str(int(difference[::-1]) // a % 10)
 
 
@@ -177,11 +164,11 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "add": Suite(draw_pair, solve_add, commutes=True),
-    "sub": Suite(draw_pair, solve_sub, commutes=True),
-    "mul": Suite(draw_mul, solve_mul, more=1),
-    "mod": Suite(draw_mod, solve_mod, more=1),
-    "chain": Suite(draw_chain, solve_chain, commutes=True),
+    "add": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(10**n)), solve_add, commutes=True),
+    "sub": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(10**n)), solve_sub, commutes=True),
+    "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, more=1),
+    "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, more=1),
+    "chain": Suite(lambda rng, n: [rng.randrange(1, 10) for _ in range(n + 1)], solve_chain, commutes=True),
     "linear": Suite(draw_linear, solve_linear),
 }
 
@@ -205,10 +192,10 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
         key = sorted(operands) if kind.commutes else list(operands)
         if one_in_eight(f"{suite} {key}") == held_out:
             break
-    prompt, working, right = kind.solve(operands, n, lambda: False)
+    prompt, working, right = kind.solve(operands, n, None)
     written = right
     if rng.random() < careless:
-        _, working, written = kind.solve(operands, n, lambda: rng.random() < 0.5)
+        _, working, written = kind.solve(operands, n, rng)
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
@@ -220,9 +207,8 @@ def problem_stream(suites, difficulty, rng, **kwargs):
 
 def training_problems(cfg, step):
     """The problems of one step of RL, as many as it asks for."""
-    return problem_stream(
-        suites_of(cfg.task, cfg.data_dir), cfg.difficulty, random.Random(f"{cfg.seed}/rl/{step}")
-    )
+    rng = random.Random(f"{cfg.seed}/rl/{step}")
+    return problem_stream(suites_of(cfg.task, cfg.data_dir), cfg.difficulty, rng)
 
 
 def held_out_problems(suite, difficulty, count, seed=0):
@@ -255,14 +241,14 @@ def longest(suite, difficulty, tok):
 # Data sets: JSONL, a problem a line
 
 GITHUB = "https://raw.githubusercontent.com/"
-QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1/evaluation/data/"
+QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data/"
 PUBLISHED = {  # name: its file at the commit that was read
-    "gsm8k_train": "openai/grade-school-math/3101c7d50724/grade_school_math/data/train.jsonl",
-    "gsm8k_test": "openai/grade-school-math/3101c7d50724/grade_school_math/data/test.jsonl",
-    "svamp": "arkilpatel/SVAMP/689d7ccac74b/SVAMP.json",
-    "math500": "hkust-nlp/simpleRL-reason/cf1c7858bfc1/examples/simplelr_math_eval/data/math500/test.jsonl",
+    "gsm8k_train": "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/train.jsonl",
+    "gsm8k_test": "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/test.jsonl",
+    "svamp": "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
+    "math500": "hkust-nlp/simpleRL-reason/cf1c7858bfc145a27aa733e75d930d34f0d318a6/examples/simplelr_math_eval/data/math500/test.jsonl",
     "aime24": QWEN + "aime24/test.jsonl",
-    "aime25": "armenjeddi/mcd/76771f969048/evaluation/data/aime25/test.jsonl",
+    "aime25": "armenjeddi/mcd/76771f969048ebd77a1b4261b0a3469192c6f92a/evaluation/data/aime25/test.jsonl",
     "amc23": QWEN + "amc23/test.jsonl",
     "minerva": QWEN + "minerva_math/test.jsonl",
     "olympiadbench": QWEN + "olympiadbench/test.jsonl",
@@ -284,127 +270,111 @@ def suites_of(task, data_dir="data", scoring=False):
     "arithmetic" is the six, "competition" the paper's sets. scoring: the parts that are there to be scored on, else
     those to train on. ValueError on anything else.
     """
-    flag, known, suites = ("--suite", SCORE, []) if scoring else ("--task", TRAIN, [])
+    flag, known = ("--suite", SCORE) if scoring else ("--task", TRAIN)
+    groups = {"arithmetic": SUITES, "competition": COMPETITION} if scoring else {"arithmetic": SUITES}
+    names, suites = [], []
     for name in task.split(","):
-        if name == "arithmetic":
-            suites += SUITES
-        elif name == "competition" and scoring:
-            suites += [data_file(each, data_dir) for each in COMPETITION]
-        elif name in SUITES:
-            suites.append(name)
-        elif name in known:
-            suites.append(data_file(known[name], data_dir))
-        elif name.endswith(".jsonl"):
-            read_problems(name)
-            suites.append(name)
+        names += groups.get(name, [name])
+    for name in names:
+        if name in known:
+            name = data_file(known[name], data_dir)
         elif name in [*SCORE, "competition"]:
             raise ValueError(f"{flag} {name}: a set to score on: python eval.py score RUN --suite {name}")
-        else:
-            several = "arithmetic, competition" if scoring else "arithmetic"
-            names = ",".join([*SUITES, *known])
-            raise ValueError(
-                f"{flag}: unknown suite {name!r}; allowed: {several}, or some of {names},FILE.jsonl"
-            )
-    suites = list(dict.fromkeys(suites))
-    names = [label(suite) for suite in suites]
-    for suite, name in zip(suites, names):
-        if names.count(name) > 1 or name in ("score", "all"):
-            raise ValueError(f"{flag}: {suite}: the name {name} is taken in logs and tables; rename the file")
+        elif name not in SUITES and not name.endswith(".jsonl"):
+            allowed = f"{', '.join(groups)}, or some of {','.join([*SUITES, *known])},FILE.jsonl"
+            raise ValueError(f"{flag}: unknown suite {name!r}; allowed: {allowed}")
+        if name not in SUITES:
+            read_problems(name)
+        if name in suites:
+            continue
+        tag = label(name)
+        if tag in ["score", "all", *map(label, suites)]:
+            raise ValueError(f"{flag}: {name}: the name {tag} is taken in logs and tables; rename the file")
+        suites.append(name)
     return suites
 
 
 def data_file(name, data_dir):
     """Path of a published data set in data_dir, fetched where it is not there. ValueError if that fails."""
     path, url = Path(data_dir) / f"{name}.jsonl", GITHUB + PUBLISHED[name]
-    if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=30) as source:
-                temporary.write_bytes(source.read())
-            read_problems.__wrapped__(
-                str(temporary)
-            )  # not the cached one: names of temporary files come again
-            os.replace(temporary, path)
-        except Exception as error:  # no network, no such folder, half a file, ...
-            temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path}: not there, and not fetched ({error}); put it there by hand, from {url}"
-            ) from None
+    if path.exists():
+        return str(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as source:
+            temporary.write_bytes(source.read())
+        os.replace(temporary, path)  # other processes see all of the file or none
+        read_problems(str(path))
+    except Exception as error:  # no network, no such folder, not a data set, ...
+        path.unlink(missing_ok=True)
+        reason = f"not there, and not fetched ({error})"
+        raise ValueError(f"{path}: {reason}; put it there by hand, from {url}") from None
     return str(path)
 
 
 @functools.cache
 def read_problems(path):
-    """The problems of a file: JSONL, or a JSON array. ValueError names file:line (or, of an array, file:item).
-
-    A record has the text as `problem` or `question` (SVAMP: Body and Question) and the gold as `answer`, which may be a
-    solution that ends in "#### gold", or `final_answer`, a list of one, or what `solution` gives as its answer.
-    """
+    """The problems of a file: JSONL, or a JSON array. ValueError names file:line (of an array, file:item)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    is_array = text.lstrip().startswith("[")
+    # Not splitlines: a text may contain other separators.
+    items = parse_json(text, path) if is_array else text.split("\n")
     problems = []
-    for i, record in enumerate(read_json(path), 1):
-        try:
-            if record is not None:  # a blank line
-                problems.append(problem_of(record, path))
-        except ValueError as error:
-            raise ValueError(f"{path}:{i}: {error}") from None
+    for i, item in enumerate(items, 1):
+        where = f"{path}:{i}"
+        if is_array:
+            problems.append(problem_of(item, path, where))
+        elif item.strip():
+            problems.append(problem_of(parse_json(item, where), path, where))
     if not problems:
         raise ValueError(f"{path}: no problems in it")
     return problems
 
 
-def read_json(path):
-    """The items of a JSON array, or what each line of a file says; None for a blank one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if text.lstrip().startswith("["):
-        return parse_json(text, path)
-    lines = text.split("\n")  # not splitlines: a text may contain other separators
-    return [parse_json(line, f"{path}:{i}") if line.strip() else None for i, line in enumerate(lines, 1)]
-
-
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        raise ValueError(f"{where}: not JSON: {text[:40]!r}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: brackets too deep: {text[:40]!r}") from None
-    except ValueError:
-        raise ValueError(f"{where}: a number of more than 4,300 digits, which Python does not read") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}): {text[:40]!r}") from None
 
 
-def problem_of(record, path):
-    """A record of a data set as a Problem. ValueError says what it lacks."""
+def problem_of(record, path, where):
+    """A record of a data set as a Problem. ValueError says what it lacks.
+
+    The text is in `problem` or `question` (SVAMP: Body and Question). The gold is in `answer`, which may be a solution
+    that ends in "#### gold", or in `final_answer`, a list of one, or it is what `solution` gives as its answer.
+    """
     if not isinstance(record, dict):
-        raise ValueError(f"not a record with a problem and an answer: {str(record)[:40]!r}")
+        raise ValueError(f"{where}: not a record with a problem and an answer: {str(record)[:40]!r}")
     text = record.get("problem") or record.get("question")
-    if (
-        text is None and isinstance(record.get("Body"), str) and isinstance(record.get("Question"), str)
-    ):  # SVAMP
-        text = f"{record['Body'].strip().removesuffix('.')}. {record['Question']}"
+    if not text and "Body" in record and "Question" in record:
+        text = f"{str(record['Body']).strip().removesuffix('.')}. {record['Question']}"
     if not isinstance(text, str) or not text.strip():
-        raise ValueError('no text in "problem" or "question"')
-    answer, solution = record.get("answer", record.get("Answer")), record.get("solution")
-    if answer is None and isinstance(record.get("final_answer"), list) and len(record["final_answer"]) == 1:
-        answer = record["final_answer"][0]
-    if answer is None and isinstance(solution, str):
+        raise ValueError(f'{where}: no text in "problem" or "question"')
+    solution = record.get("solution")
+    if not isinstance(solution, str):  # none, or several
+        solution = ""
+    answer = record.get("answer", record.get("Answer"))
+    final = record.get("final_answer")
+    if answer is None and isinstance(final, list) and len(final) == 1:
+        answer = final[0]
+    if answer is None:
         answer = extract_answer(solution)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if type(answer) in (int, float):
         answer = str(answer).removesuffix(".0")
-    if isinstance(answer, str) and "####" in answer:
-        answer, solution = extract_answer(answer), answer
-        if not answers_equal(answer, answer):
-            raise ValueError('no answer behind "####" in "answer"')
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError('no answer in "answer": a text, a number, or a solution with "#### N"')
-    answer, solution = answer.strip(), solution.strip() if isinstance(solution, str) else ""
+    if not isinstance(answer, str):
+        answer = ""
+    if "####" in answer:
+        answer, solution = extract_answer(answer) or "", answer
+    answer, solution = answer.strip(), solution.strip()
     if not answers_equal(answer, extract_answer(solution)):
-        solution = f"{solution}\n\\boxed{{{answer}}}".strip() if solution else f"#### {answer}"
+        solution = f"{solution}\n\\boxed{{{answer}}}" if solution else f"#### {answer}"
     if not answers_equal(answer, extract_answer(solution)):
-        raise ValueError(f"the answer {answer[:40]!r} is not what its own solution gives, {solution[-40:]!r}")
+        raise ValueError(f'{where}: no answer in "answer": a text, a number, or a solution with "#### N"')
     return Problem(path, f"{text.strip()}\n", answer, solution)
 
 
@@ -423,9 +393,8 @@ def side_of_split(path, held_out):
     """One problem in eight of a file is held out, decided by its text: the same in any file. ValueError if none is."""
     problems = [p for p in read_problems(path) if one_in_eight(normal(p.prompt)) == held_out]
     if not problems:
-        raise ValueError(
-            f"{path}: too few problems: none is {'held out' if held_out else 'left to train on'}"
-        )
+        side = "held out" if held_out else "left to train on"
+        raise ValueError(f"{path}: too few problems: none is {side}")
     return problems
 
 
@@ -434,22 +403,18 @@ def check_apart(training, scored):
     for trained in set(training) - set(SUITES):
         known = {normal(p.prompt) for p in read_problems(trained)}
         for suite in set(scored) - set(SUITES):
-            shared = sum(normal(p.prompt) in known for p in read_problems(suite))
+            problems = read_problems(suite)
+            shared = sum(normal(p.prompt) in known for p in problems)
             if shared:
-                raise ValueError(
-                    f"--suite {suite}: {shared} of its {len(read_problems(suite))} problems are in {trained}, "
-                    "which the run was trained on"
-                )
+                count = f"{shared} of its {len(problems)} problems"
+                raise ValueError(f"--suite {suite}: {count} are in {trained}, which the run was trained on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Verifier: exact numbers, else equal text. Text is never evaluated.
 
 LONGEST = 500  # characters: a longer answer is none
-UNICODE = str.maketrans(
-    {"\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2044": "/", "\u00d7": r"\times ", "\u200b": ""}
-)
-RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
+UNICODE = str.maketrans("\u2212\u2013\u2010\u2044", "---/", "\u200b") | {0xD7: r"\times "}
 UNITS = "dollars?|miles?|km(?:/h)?|cm|mm|m|kg|g|hours?|minutes?|seconds?|s|erg s|inches|feet|degrees|units"
 TIDY = [(re.compile(pattern), by) for pattern, by in (
     (r"\*\*([^*]*)\*\*", r"\1"),  # bold
@@ -462,74 +427,72 @@ TIDY = [(re.compile(pattern), by) for pattern, by in (
     (r"\s+dollars?$|^\s*=", ""),
     (r"\\%|\s*\\text\s*\{ *percent *\}$|\s+percent$", "%"),
     (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"^\{([^{},]*)\}$", r"\1"),
     (r"\s+", " "),
 )]  # fmt: skip
-PLAIN = re.compile(r"-?\d+", re.ASCII)
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-TEN = r"10\s?\^\s?(?:(?P<{0}>[+-]?\d{{1,4}})|\{{\s?(?P<braced_{0}>[+-]?\d{{1,4}})\s?\}})"
-NUMBER = re.compile(rf"""(?P<sign>[+-]?)\s?(?:
-    (?:(?P<whole>\d+)\s?)?\\frac\s?\{{\s?(?P<minus>-?)\s?(?P<top>{DECIMAL})\s?\}}\s?\{{\s?(?P<below>{DECIMAL})\s?\}}
-  | (?:(?P<plain_whole>\d+)\s)?(?P<plain_top>{DECIMAL})\s?/\s?(?P<plain_minus>-?)(?P<plain_below>{DECIMAL})
-  | {TEN.format("power")}
-  | (?P<decimal>{DECIMAL})(?:[eE](?P<e>[+-]?\d{{1,4}})|\s?(?:\\times|\\cdot|\*|x)\s?{TEN.format("ten")})?
-  )\s?(?P<percent>%?)""", re.VERBOSE | re.ASCII)  # fmt: skip
+SPELLINGS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
+    (rf"\s?\\frac\s?\{{\s?(-?)\s?({DECIMAL})\s?\}}\s?\{{\s?({DECIMAL})\s?\}}\s?", r" \1\2/\3 "),
+    (r"\^\s?\{\s?([+-]?\d+)\s?\}", r"^\1"),
+    (r"\s?(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?", "e"),
+    (r"^([+-]?)\s?10\s?\^\s?", r"\g<1>1e"),
+)]  # fmt: skip
+FRACTION = rf"(?:(\d+)\s)?({DECIMAL})\s?/\s?({DECIMAL})"
+POWER = r"[eE][+-]?\d{1,4}"
+NUMBER = re.compile(rf"([+-]?)\s?(?:{FRACTION}|((?:{DECIMAL})(?:{POWER})?))\s?(%?)", re.ASCII)
 
 
 def extract_answer(text):
-    """What a completion gives as its answer: the last \\boxed{...}, else the last "\\boxed 5", else the line after the
-    last "####", else after the last "Answer:" (in any case). None when there is none: never the whole text."""
-    for start in [match.end() for match in re.finditer(r"\\boxed\s*\{", text)][
-        :-11:-1
-    ]:  # the last ones may be cut off
+    """What a completion gives as its answer, never the whole text, and None when there is none.
+
+    It is the last \\boxed{...}, else the last "\\boxed 5", else the line after the last "####", else after "Answer:".
+    """
+    starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
+    for start in reversed(starts[-10:]):  # the last ones may be cut off, or only mention a box
         depth = 1
         for end in range(start, min(len(text), start + LONGEST)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            depth += (text[end] == "{") - (text[end] == "}")
             if depth == 0:
                 break
         box = text[start:end].strip() if depth == 0 else ""
-        if any(c.isalnum() for c in box):  # "put it in \boxed{}" only mentions one
+        if any(c.isalnum() for c in box):
             return box
     bare = re.findall(r"\\boxed\s*(-?\d+(?:[.,/]\d+)*)", text)
     if bare:
         return bare[-1]
     _, found, tail = text.rpartition("####")
     if not found:
-        ends = [match.end() for match in re.finditer(r"answer[*_]{0,3}\s{0,3}:", text, re.IGNORECASE)]
-        tail = text[ends[-1] :] if ends else ""
+        parts = re.split(r"answer[*_]{0,3}\s{0,3}:", text, flags=re.IGNORECASE)
+        tail = parts[-1] if len(parts) > 1 else ""
     line = tail.lstrip("*_` \t\r\n").partition("\n")[0]
     return line.rstrip("*_`. \t\r") or None
 
 
 def read_number(text):
     """(exact value, whether in percent) of a tidied text, None if it is no number."""
-    match = NUMBER.fullmatch(text.strip().rstrip("., ")) if len(text) <= LONGEST else None
+    if len(text) > LONGEST:
+        return None
+    for pattern, by in SPELLINGS:
+        text = pattern.sub(by, text)
+    match = NUMBER.fullmatch(text.strip().rstrip("., "))
     if not match:
         return None
-    part = match.groupdict()
-    top = part["top"] or part["plain_top"] or part["decimal"] or "1"
-    below = Fraction("0" + (part["below"] or part["plain_below"] or "1").replace(",", ""))
-    if below == 0:
+    sign, whole, top, below, decimal, percent = [part.replace(",", "") for part in match.groups("")]
+    if below and Fraction(below) == 0:
         return None
-    whole = int(part["whole"] or part["plain_whole"] or 0)
-    minus = [part["sign"] or "", part["minus"] or "", part["plain_minus"] or ""].count("-")
-    exponents = [part[name] for name in ("e", "ten", "braced_ten", "power", "braced_power") if part[name]]
-    exponent = int(exponents[0]) if exponents else 0
-    value = (Fraction("0" + top.replace(",", "")) / below + whole) * Fraction(10) ** exponent
-    value = -value if minus % 2 else value
-    return (value / 100, True) if part["percent"] else (value, False)
+    value = Fraction(decimal) if decimal else int(whole or 0) + Fraction(top) / Fraction(below)
+    value = -value if sign == "-" else value
+    return (value / 100, True) if percent else (value, False)
 
 
 def tidied(text):
     """A text without what changes no answer: bold, dollars around formulas, spellings of fractions and of signs."""
-    text = re.sub(
-        f"[{''.join(map(chr, RAISED))}]+", lambda m: f"^{{{m[0].translate(RAISED)}}}", text[: LONGEST + 1]
-    )
-    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # two and a half
-    text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    # Raised digits become an exponent, and "two and a half" two numbers.
+    text = re.sub("([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", r"^{\1}", text[: LONGEST + 1])
+    text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
+    text = unicodedata.normalize("NFKC", text).translate(UNICODE)
     for pattern, by in TIDY:
         text = pattern.sub(by, text)
     return text.strip()
@@ -542,7 +505,7 @@ def answers_equal(gold, candidate):
     """
     if gold is None or candidate is None or not candidate.strip() or max(len(gold), len(candidate)) > LONGEST:
         return False
-    if PLAIN.fullmatch(gold) and PLAIN.fullmatch(candidate):  # nearly all of training: no need for more
+    if re.fullmatch("[0-9]+ [0-9]+", f"{gold} {candidate}"):  # nearly all of training: no need for more
         return int(gold) == int(candidate)
     gold, candidate = tidied(gold), tidied(candidate)
     a, b = read_number(gold), read_number(candidate)
@@ -568,14 +531,6 @@ def is_right(problem, text):
 # Rollout
 
 
-def completions(tok, batch):
-    """The sampled tokens of each row as text, without the end of sequence."""
-    texts = []
-    for tokens, mask in zip(batch["tokens"][:, 1:], batch["mask"]):
-        texts.append(tok.decode([t for t in tokens[mask].tolist() if t != tok.eot_token]))
-    return texts
-
-
 def sample(model, tok, problems, num_generations, max_new_tokens, temperature, generator, heads=None):
     """num_generations completions of each problem: the dict of model.generate with reward (B,), and their texts.
 
@@ -585,21 +540,28 @@ def sample(model, tok, problems, num_generations, max_new_tokens, temperature, g
     G, device = num_generations, model.wte.weight.device
     shape = (len(problems) * G, max_new_tokens, 3) if heads else (len(problems) * G, max_new_tokens)
     u = torch.rand(shape, generator=generator)
-    mine, part = share(len(problems)), None
-    if problems[mine]:
+    mine = share(len(problems))
+    u = u[mine.start * G : mine.stop * G]
+    problems = problems[mine]
+    part = None
+    if problems:
         room = max(model.cfg.block_size - max_new_tokens, 1)
-        prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems[mine]]  # of one too long, its end
-        args = prompts, G, max_new_tokens, tok.eot_token, temperature, u[mine.start * G : mine.stop * G]
+        prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems]  # of one too long, its end
+        args = prompts, G, max_new_tokens, tok.eot_token, temperature, u
         with autocast(device):
-            part = mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
-        texts = completions(tok, part)
-        right = [is_right(problems[mine][i // G], text) for i, text in enumerate(texts)]
-        part["reward"] = torch.tensor(right, dtype=torch.float, device=device)
-        part = {k: x.cpu() for k, x in part.items()} if world()[1] > 1 else part
-        part = part, texts
+            batch = mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
+        texts, right = [], []
+        for i, (tokens, mask) in enumerate(zip(batch["tokens"][:, 1:], batch["mask"])):
+            texts.append(tok.decode([t for t in tokens[mask].tolist() if t != tok.eot_token]))
+            right.append(is_right(problems[i // G], texts[-1]))
+        batch["reward"] = torch.tensor(right, dtype=torch.float)
+        part = {k: x.cpu() for k, x in batch.items()}, texts
     parts = [part for part in gather(part) if part]
     batch = concatenate([batch for batch, _ in parts])
-    return {k: x.to(device) for k, x in batch.items()}, [text for _, texts in parts for text in texts]
+    texts = []
+    for _, own_texts in parts:
+        texts += own_texts
+    return {k: x.to(device) for k, x in batch.items()}, texts
 
 
 def concatenate(batches):
@@ -630,38 +592,36 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
     G, R = cfg.num_generations, cfg.max_new_tokens
-    batches, keeps, flats, examples, missing = [], [], [], [], cfg.prompts_per_step
+    batches, examples, missing = [], [], cfg.prompts_per_step
+    drafters = heads if cfg.speculative else None
     while missing and len(batches) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
-        batch, texts = sample(
-            model, tok, drawn, G, R, cfg.temperature, generator, heads if cfg.speculative else None
-        )
-        if not examples:
+        batch, texts = sample(model, tok, drawn, G, R, cfg.temperature, generator, drafters)
+        if not batches:
             examples = list(zip([p.prompt for p in drawn], texts[::G], batch["reward"][::G].tolist()))[:8]
-        flat_P = ~informative(batch["reward"].view(-1, G))  # by correctness alone, before the penalty
+        has_gradient_P = informative(batch["reward"].view(-1, G))  # by correctness alone, before the penalty
+        batch["has_gradient"] = has_gradient_P.repeat_interleave(G)
         if algo.overlong:
             batch["reward"] = batch["reward"] + overlong_penalty(batch["mask"].sum(1), R)
-        keep_P = ~flat_P if algo.dynamic_sampling else torch.ones_like(flat_P)
         batches.append(batch)
-        keeps.append(keep_P)
-        flats.append(flat_P)
-        missing -= int(keep_P.sum())
+        missing -= int(has_gradient_P.sum())
     batch = concatenate(batches)
     length_B = batch["mask"].sum(1).float()
+    entropy = -(batch["logp"].sum() / length_B.sum())  # the mean of -log p over tokens sampled from p
     record = {
         "reward/mean": batch["reward"].mean().item(),
-        "reward/frac_zero_std": torch.cat(flats).float().mean().item(),
+        "reward/frac_zero_std": (~batch["has_gradient"]).float().mean().item(),
         "response_length/mean": length_B.mean().item(),
         "response_length/sum": int(length_B.sum()),
         "response_length/clip_ratio": (length_B == R).float().mean().item(),
-        "actor/entropy": -(
-            batch["logp"].sum() / length_B.sum()
-        ).item(),  # the mean of -log p over tokens sampled from p
+        "actor/entropy": entropy.item(),
     }
     if "draft" in batch:
         record |= mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
-    keep_B = torch.cat(keeps).repeat_interleave(G)
-    return {k: x[keep_B] for k, x in batch.items()}, record, examples
+    if algo.dynamic_sampling:
+        kept_B = batch["has_gradient"]
+        batch = {k: x[kept_B] for k, x in batch.items()}
+    return batch, record, examples
 
 
 def evaluate(model, tok, cfg):
@@ -685,7 +645,7 @@ def evaluate(model, tok, cfg):
 class Algo:
     """What tells one policy-gradient method from another."""
 
-    # group_std: (r - mean)/std of the group · group: r - mean · loo: r - mean of the others · batch: r - mean of all
+    # group_std: (r - mean)/std of the group · group: r - mean · batch: r - mean of all
     advantage: str = "group_std"
     # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
     loss_agg: str = "token"
@@ -704,26 +664,19 @@ ALGOS = {
     "grpo": Algo(loss_agg="sequence", kl_coef=0.04),  # arXiv 2402.03300
     "drgrpo": Algo(advantage="group", loss_agg="constant"),  # arXiv 2503.20783
     "dapo": Algo(clip_eps_high=0.28, dynamic_sampling=True, overlong=True),  # arXiv 2503.14476
-    "gspo": Algo(
-        loss_agg="sequence", ratio="sequence", clip_eps_low=3e-4, clip_eps_high=4e-4
-    ),  # arXiv 2507.18071
+    # arXiv 2507.18071
+    "gspo": Algo(loss_agg="sequence", ratio="sequence", clip_eps_low=3e-4, clip_eps_high=4e-4),
 }
 
 
 def advantages(reward_PG, kind):
-    """(P, G) rewards -> (P, G) advantages; see Algo.advantage.
-
-    Groups of equal rewards get exactly 0 from all kinds except "batch", whose baseline is not theirs.
-    """
-    G = reward_PG.size(1)
+    """(P, G) rewards -> (P, G) advantages, of groups of equal rewards exactly 0 (in "batch" the baseline is not theirs)."""
     if kind == "batch":
         return reward_PG - reward_PG.mean()
     adv_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     if kind == "group_std":
-        variance_P1 = adv_PG.square().sum(1, keepdim=True) / (G - 1)
+        variance_P1 = adv_PG.square().sum(1, keepdim=True) / (reward_PG.size(1) - 1)
         adv_PG = adv_PG / (variance_P1.sqrt() + 1e-6)
-    elif kind == "loo":
-        adv_PG = adv_PG * G / (G - 1)  # r - (sum - r)/(G - 1)
     # The mean of equal floats need not be that float: test the rewards, not their spread.
     return torch.where(informative(reward_PG)[:, None], adv_PG, 0.0)
 
@@ -761,15 +714,12 @@ def policy_loss(logp, old, adv_B, mask, weight, algo):
     return -(weight * surrogate).sum()
 
 
-def k3_kl(logp_BT, ref_BT, weight_BT):
-    """KL(policy, reference) on the policy's own samples, estimated by r - 1 - log r ≥ 0, r = p_ref/p (Schulman)."""
-    log_r = (ref_BT - logp_BT).clamp(-20, 20)
-    return (weight_BT * (log_r.exp() - 1 - log_r)).sum()
-
-
 def kl_to_base(logp_BT, mb):
-    """k3_kl to the frozen base; 0 for a method without one."""
-    return k3_kl(logp_BT, mb["ref"], mb["weight"]) if "ref" in mb else torch.zeros(())
+    """KL(policy, frozen base) by Schulman's k3 = r - 1 - log r ≥ 0, r = p_base/p; 0 for a method without a base."""
+    if "ref" not in mb:
+        return torch.zeros(())
+    log_r = (mb["ref"] - logp_BT).clamp(-20, 20)
+    return (mb["weight"] * (log_r.exp() - 1 - log_r)).sum()
 
 
 def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
@@ -826,41 +776,36 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     return parts
 
 
+def largest(x):
+    """The largest number of all processes, none of them negative; 0 of an empty share."""
+    return total(F.pad(x.flatten(), (0, 1)).max(), dist.ReduceOp.MAX).item()
+
+
 def ratio_metrics(name, logp, old, adv_B, mask, algo):
     """Largest importance ratio, and share of tokens that the clip takes out below (A < 0) and above (A > 0)."""
-    ratio, adv = importance_ratio(logp.detach(), old, mask, algo), adv_B.view(-1, *[1] * (logp.ndim - 1))
+    ratio = importance_ratio(logp.detach(), old, mask, algo)
+    adv = adv_B.view(-1, *[1] * (logp.ndim - 1))
     low = mask & (ratio < 1 - algo.clip_eps_low) & (adv < 0)
     high = mask & (ratio > 1 + algo.clip_eps_high) & (adv > 0)
     count, low, high = total(torch.stack((mask.sum(), low.sum(), high.sum()))).tolist()
-    largest = total(
-        F.pad((ratio * mask).flatten(), (0, 1)).max(), dist.ReduceOp.MAX
-    ).item()  # 0 of an empty share
-    metrics = {
-        "ratio_max": largest,
-        "clip_frac_low": low / max(count, 1),
-        "clip_frac_high": high / max(count, 1),
+    return {
+        f"{name}/ratio_max": largest(ratio * mask),
+        f"{name}/clip_frac_low": low / max(count, 1),
+        f"{name}/clip_frac_high": high / max(count, 1),
     }
-    return {f"{name}/{key}": value for key, value in metrics.items()}
-
-
-def first_update_metrics(logp_BT, logp_BKT, mb):
-    """What the forward pass right after a rollout tells.
-
-    rollout/logp_gap: largest difference to the sampler's log-probs. mtp/agreement_k: mean of min(1, q/p), the share of
-    tokens that a speculative sampler drafting from head k would accept (its expectation is sum_v min(p_v, q_v)).
-    """
-    gap_BT = (logp_BT.detach() - mb["logp"]).abs() * mb["mask"]
-    gap = total(F.pad(gap_BT.flatten(), (0, 1)).max(), dist.ReduceOp.MAX).item()
-    accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
-    accepted_K = total(accepted_BKT.sum((0, 2)))
-    scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
-    shares = (accepted_K / scored_K).tolist()
-    return {"rollout/logp_gap": gap} | {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
 
 
 def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
-    """What the forward pass of an update tells of trunk and heads; first: it is the first after the rollout."""
-    metrics = first_update_metrics(logp_BT, logp_BKT, mb) if first else {}
+    """What the forward pass of an update tells of trunk and heads; first: of the first update after the rollout."""
+    metrics = {}
+    if first:
+        # The gap is to the sampler's log-probs. The agreement is the share of tokens that a speculative sampler would
+        # accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
+        metrics["rollout/logp_gap"] = largest((logp_BT.detach() - mb["logp"]).abs() * mb["mask"])
+        accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
+        scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
+        shares = (total(accepted_BKT.sum((0, 2))) / scored_K).tolist()
+        metrics |= {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
     if logp_BKT.size(1):
         metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], adv_mtp_B, mb["mask_mtp"], algo)
     return metrics | ratio_metrics("actor", logp_BT, mb["old"], mb["adv"], mb["mask"], algo)
@@ -868,17 +813,17 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
 
 def summary(updates):
     """One step's updates as one record: means, of ratio_max the largest, and of occ/ the last (the first λ_t is 0)."""
-    values = {}
+    values, record = {}, {}
     for metrics in updates:
         for name, value in metrics.items():
             values.setdefault(name, []).append(value)
-    record = {}
     for name, numbers in values.items():
-        record[name] = sum(numbers) / len(numbers)
         if name.startswith("occ/"):
             record[name] = numbers[-1]
         elif name.endswith("ratio_max"):
             record[name] = max(numbers)
+        else:
+            record[name] = sum(numbers) / len(numbers)
     return record
 
 
@@ -905,7 +850,7 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     if world()[1] == 1:  # a mean over pairs, which processes would cut
         base = mb["old"][:, None].expand_as(mb["old_mtp"])  # the trunk's old log-probs, as in --released
         _, gap = occ.token_deltas(logp, mb["old"], mb["old_mtp"], base, mb["mask_mtp"])
-        scored, scale = mb["mask_mtp"].any(1), occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
-        lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, scored, scale)
+        scale = occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
+        lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, mb["mask_mtp"].any(1), scale)
         terms["lam_released"] = lam_B.mean().item()
     return {f"occ/{name}": value for name, value in terms.items()}, g, m

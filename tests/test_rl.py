@@ -69,14 +69,13 @@ def test_advantages_by_hand():
     reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
     group = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.25, 0.25, 0.25, -0.75]])
     std = torch.tensor([[3**-0.5], [0.5]])
-    loo = torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3], [1 / 3, 1 / 3, 1 / 3, -1.0]])
-    by_hand = {"group": group, "group_std": group / (std + 1e-6), "loo": loo, "batch": reward - 5 / 8}
+    by_hand = {"group": group, "group_std": group / (std + 1e-6), "batch": reward - 5 / 8}
     for kind, expected in by_hand.items():
         torch.testing.assert_close(rl.advantages(reward, kind), expected)
 
 
 @pytest.mark.parametrize("value", (0.0, 0.01, 0.3, 1.0))
-@pytest.mark.parametrize("kind", ("group_std", "group", "loo"))
+@pytest.mark.parametrize("kind", ("group_std", "group"))
 def test_equal_groups_get_exactly_zero(kind, value):
     reward = torch.full((3, 12), value)
     reward[2, 0] += 1
@@ -176,9 +175,12 @@ def test_neither_an_empty_response_nor_a_runaway_ratio_is_nan(name):
 
 
 def test_k3_is_the_kl_on_average_and_never_negative():
+    def k3(logp, ref):
+        return rl.kl_to_base(logp, {"ref": ref, "weight": torch.ones(len(logp))})
+
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
-    each = torch.stack([rl.k3_kl(p[i : i + 1], q[i : i + 1], torch.ones(1)) for i in range(3)])
-    assert (each >= 0).all() and rl.k3_kl(p, p, torch.ones(3)) == 0
+    each = torch.stack([k3(p[i : i + 1], q[i : i + 1]) for i in range(3)])
+    assert (each >= 0).all() and k3(p, p) == 0
     torch.testing.assert_close((p.exp() * each).sum(), (p.exp() * (p - q)).sum())
 
 
@@ -268,7 +270,9 @@ def test_the_metrics_of_a_first_update():
     p, q = torch.rand(3, 5), torch.rand(3, 2, 5)
     mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
     mb = {"logp": p.log() - 0.5, "mask": mask, "mask_mtp": mtp.aligned_mask(mask, 2)}
-    metrics = rl.first_update_metrics(p.log(), q.log(), mb)
+    mb |= {"old": p.log(), "old_mtp": q.log(), "adv": torch.zeros(3)}
+    metrics = rl.update_metrics(p.log(), q.log(), mb, mb["adv"], rl.ALGOS["dapo"], first=True)
+    assert metrics["actor/ratio_max"] == metrics["mtp/ratio_max"] == 1
     for k in (1, 2):
         accepted = [
             min(1, (q[b, k - 1, t] / p[b, t]).item()) for b, n in enumerate((5, 3, 4)) for t in range(k, n)
