@@ -91,6 +91,9 @@ def read_metrics(folder):
         ) from None
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
+    for i, record in enumerate(records[1:], 2):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{i}: not the record of a step")
     return records[0], records[1:]
 
 

@@ -83,7 +83,7 @@ def wrong_dz(h, W, target, top, log_sum, g, temperature):
     return mtp.chunked_dz(h, W, target, top, log_sum, -g, temperature)
 
 
-DISAGREE = "its kernels disagree with chunked on a small random input"
+DISAGREE = "its kernels disagree with naive on a small random input"
 TRIALS = {  # functions that take the place of mtp's, and what is said of them
     "not installed": ({"kernels": Mock(side_effect=ImportError("no\n module"))}, "ImportError: no module"),
     "wrong forward": ({"triton_statistics": wrong_statistics, "triton_dz": mtp.chunked_dz}, DISAGREE),
