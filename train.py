@@ -629,9 +629,8 @@ def command_line(argv):
     values, ckpt = evaluation.read_run(folder)
     differ = set(values) ^ {f.name for f in dataclasses.fields(Config)}
     if differ:
-        raise ValueError(
-            f"{folder}: a run of another version: these settings differ: {', '.join(sorted(differ))}"
-        )
+        names = ", ".join(sorted(differ))
+        raise ValueError(f"{folder}: a run of another version: settings that differ: {names}")
     steps = {"steps": ckpt["steps"]} if ckpt else {}
     cfg = Config(**values | steps | given | {"out": folder})
     if ckpt and cfg.steps < ckpt["step"]:
