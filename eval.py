@@ -52,9 +52,8 @@ import rl
 from model import GPT, GPTConfig, find_device
 
 VERSION = 2  # of the run folder's format
-CHECKPOINT = (
-    "step steps seconds scores model heads optimizer".split()
-)  # what ckpt.pt holds besides its version
+# What ckpt.pt holds besides its version
+CHECKPOINT = "step steps seconds scores model heads optimizer".split()
 # Student's t at 97.5 %, 1 to 10 degrees of freedom
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -199,11 +198,8 @@ def score(args):
     if args.suite:
         suites = rl.suites_of(args.suite, args.data_dir or cfg.data_dir, scoring=True)
         rl.check_apart(trained, suites)
-    tok, new, room = (
-        rl.get_tokenizer(cfg.tokenizer),
-        args.max_new_tokens or cfg.max_new_tokens,
-        model.cfg.block_size,
-    )
+    tok, room = rl.get_tokenizer(cfg.tokenizer), model.cfg.block_size
+    new = args.max_new_tokens or cfg.max_new_tokens
     if new >= room:
         raise ValueError(f"--max_new_tokens {new}: must be below {room}, the positions that the model has")
     shown = sorted({args.k // 4, args.k} - {0, 1})  # not 1: pass@1 is avg@k
@@ -607,11 +603,8 @@ def measure_step(folder, name, rollouts, device):
         raise ValueError(
             f"{folder}: {len(g)} minibatches have a gradient, which are too few; more --rollouts?"
         )
-    g, m_of, L_eta = (
-        torch.stack(g),
-        {"policy": torch.stack(m_policy), "ce": torch.stack(m_ce)},
-        torch.tensor(L_eta),
-    )
+    g, L_eta = torch.stack(g), torch.tensor(L_eta)
+    m_of = {"policy": torch.stack(m_policy), "ce": torch.stack(m_ce)}
     responses = cfg.prompts_per_step * cfg.num_generations // 2
     measured = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
     measured["L_eta"] = (L_eta.mean().item(), 1.96 * L_eta.std().item() / len(L_eta) ** 0.5)
@@ -631,9 +624,9 @@ def measure_step(folder, name, rollouts, device):
                 measured[kind][name] = [relative_gain(sums[lam], sums[0.0], step) for lam in LAMS]
         if kind == "policy":
             lams |= {name: [lam] * len(g) for name, lam in CONSTANTS.items()}
-            measured["proxies"] = {}
+            best, measured["proxies"] = best_by_the_other(halves), {}
             for name, values in lams.items():
-                measured["proxies"][name] = value_of_a_proxy(g, m, torch.tensor(values), halves)
+                measured["proxies"][name] = value_of_a_proxy(g, m, torch.tensor(values), sums[0.0], best)
     return measured
 
 
@@ -751,16 +744,22 @@ def chosen_on_one_half(halves, size=1.0):
     return {"lam": round(sum(lams) / 2, 3), "gain": mean_of_two(gains)}
 
 
-def value_of_a_proxy(g, m, lam_N, halves):
+def best_by_the_other(halves):
+    """Of each half of the minibatches its sums along the λ that is best by the other half."""
+    even, odd = halves
+    return even[best_lam(odd)], odd[best_lam(even)]
+
+
+def value_of_a_proxy(g, m, lam_N, sums_0, best):
     """Of steps of Adam along g_i + λ_i m_i: mean of λ_i, gain over λ = 0, and regret against the best constant λ.
 
-    That λ is the best by one half of the minibatches, the regret that of the other half; means.
+    sums_0: those of λ = 0. best: as `best_by_the_other`; the regret is the mean of those of the halves.
     """
     u, regrets = clipped(g + lam_N[:, None] * m), []
-    for rows, here, there in zip(HALVES[::-1], halves, halves[::-1]):
-        mean, half = relative_gain(sums_of(g[rows], u[rows]), there[best_lam(here)])
+    for rows, sums_best in zip(HALVES, best):
+        mean, half = relative_gain(sums_of(g[rows], u[rows]), sums_best)
         regrets.append((-mean, half))
-    gain = relative_gain(sums_of(g, u), sums_of(g, clipped(g)))
+    gain = relative_gain(sums_of(g, u), sums_0)
     return {"lam": lam_N.mean().item(), "gain": gain, "regret": mean_of_two(regrets)}
 
 
@@ -948,7 +947,9 @@ def judged_claims(runs):
             values = {seed: values[seed] - factor * others[seed] for seed in values if seed in others}
         mean, half = over_seeds(values.values())
         judged = verdict(mean, half, above, below)
-        rows.append([claim, quantity, cell((mean, half), 3), len(values), f"{above:g} to {below:g}", judged])
+        claimed = f"above {above:g}" if below == ANY else f"below {below:g}"
+        claimed = f"{above:g} to {below:g}" if ANY not in (-above, below) else claimed
+        rows.append([claim, quantity, cell((mean, half), 3), len(values), claimed, judged])
     return rows
 
 
@@ -956,10 +957,8 @@ def one_step(out, label):
     """What `onestep` found at STATES of the runs of a regime: {seed: {step: as measure_step}}."""
     found = {}
     for path in sorted(out.glob(f"{label}-s*/onestep-*.json")):
-        seed, step = (
-            path.parent.name.rpartition("-s")[2],
-            path.stem.removeprefix("onestep-ckpt").removeprefix("-"),
-        )
+        seed = path.parent.name.rpartition("-s")[2]
+        step = path.stem.removeprefix("onestep-ckpt").removeprefix("-")
         step = int(step) if step else read_metrics(path.parent)[1][-1]["step"]
         found.setdefault(int(seed), {})[step] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -987,9 +986,8 @@ def predictions(out, runs, steps):
         for seed, found in one_step(out, states).items():
             gains = {step: found[step][kind]["adam"][at][0] for step in sorted(found)}
             if label == "occ":  # its own λ_t, which is 0 in the first of four updates
-                gains = {
-                    step: 0.75 * found[step]["proxies"]["lam_logprob"]["gain"][0] for step in sorted(found)
-                }
+                for step in gains:
+                    gains[step] = 0.75 * found[step]["proxies"]["lam_logprob"]["gain"][0]
             predicted[seed] = predicted_difference(gains, steps)
         for seed in set(runs.get(label, {})) & set(runs["detach"]):
             measured[seed] = final(runs[label][seed]) - final(runs["detach"][seed])
@@ -1008,10 +1006,10 @@ def ranks(x):
 def judged_proxies(out):
     """Rows of a table, over the states of occ: λ of each proxy less the best constant λ of the state (bias), rank
     correlation of the two, regret in %."""
-    rows = []
+    seeds, rows = list(one_step(out, "occ").values()), []
     for name in [*PROXIES, *CONSTANTS]:
         bias, correlation, regret = [], [], []
-        for states in one_step(out, "occ").values():
+        for states in seeds:
             best = [found["policy"]["chosen"]["lam"] for found in states.values()]
             each = [found["proxies"][name] for found in states.values()]
             lam = [proxy["lam"] for proxy in each]
@@ -1085,9 +1083,11 @@ def gaps_to_detach(runs):
     return gaps
 
 
-def draw_states(axis, out, regime, value, **style):
-    """A line over the states of a regime: value(what `onestep` found), mean and 95 % interval over seeds."""
-    seeds = list(one_step(out, regime).values())
+def draw_states(axis, seeds, value, **style):
+    """A line over the states of a regime: value(what `onestep` found), mean and 95 % interval over seeds.
+
+    seeds: [{step: as measure_step} of each seed].
+    """
     steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
     intervals = [over_seeds(value(seed[step]) for seed in seeds) for step in steps]
     draw_bars(axis, steps, intervals, **style)
@@ -1102,15 +1102,13 @@ def draw_bars(axis, x, intervals, **style):
 def draw_proxies(path, out):
     """At the states of occ: λ of each proxy beside the best constant one, and what following it loses."""
     figure, axes = pyplot().subplots(1, 2, figsize=(15, 5), layout="constrained")
-    best = {"color": "black", "label": "best constant λ"}
-    draw_states(axes[0], out, "occ", lambda found: found["policy"]["chosen"]["lam"], **best)
+    seeds, best = list(one_step(out, "occ").values()), {"color": "black", "label": "best constant λ"}
+    draw_states(axes[0], seeds, lambda found: found["policy"]["chosen"]["lam"], **best)
     for i, name in enumerate([*PROXIES, *CONSTANTS]):
         style = {"color": f"C{i}", "label": PROXIES.get(name, f"constant {name}")}
         if name in PROXIES:
-            draw_states(axes[0], out, "occ", lambda found, name=name: found["proxies"][name]["lam"], **style)
-        draw_states(
-            axes[1], out, "occ", lambda found, name=name: found["proxies"][name]["regret"][0], **style
-        )
+            draw_states(axes[0], seeds, lambda found, name=name: found["proxies"][name]["lam"], **style)
+        draw_states(axes[1], seeds, lambda found, name=name: found["proxies"][name]["regret"][0], **style)
     axes[0].set_yscale("symlog", linthresh=0.05)
     axes[0].set(title="occ: λ of each proxy", xlabel="step", ylabel="mean over minibatches")
     axes[1].set(title="Regret: a step's loss against the best constant λ", xlabel="step", ylabel="%")
@@ -1121,14 +1119,13 @@ def draw_noise(path, out):
     """What one step says at STATES of detach and of occ: a line is the mean over seeds, its bars 95 % intervals."""
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 5), layout="constrained")
     for label, line in (("detach", "--"), ("occ", "-")):
+        seeds = list(one_step(out, label).values())
         for i, kind in enumerate(("policy", "ce")):
             style = {"linestyle": line, "color": f"C{i}", "label": f"{label}, m of {kind}"}
-            draw_states(
-                axes[0], out, label, lambda found, kind=kind: cosine(*found[kind]["noise_free"]), **style
-            )
+            draw_states(axes[0], seeds, lambda found, kind=kind: cosine(*found[kind]["noise_free"]), **style)
             at = LAMS.index(1.0)
-            draw_states(axes[1], out, label, lambda found, kind=kind: found[kind]["adam"][at][0], **style)
-            ends = [states[max(states)][kind]["sizes"] for states in one_step(out, label).values()]
+            draw_states(axes[1], seeds, lambda found, kind=kind: found[kind]["adam"][at][0], **style)
+            ends = [states[max(states)][kind]["sizes"] for states in seeds]
             gains = [over_seeds(size["gain"][0] for size in each) for each in zip(*ends)]
             draw_bars(axes[2], SIZES if gains else [], gains, **style)
     axes[0].set(title="Cosine of g and m without noise", xlabel="step", ylabel="cosine")

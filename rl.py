@@ -304,10 +304,10 @@ def data_file(name, data_dir):
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source:
             temporary.write_bytes(source.read())
+        read_problems.__wrapped__(str(temporary))  # not the cached one: names of temporary files come again
         os.replace(temporary, path)  # other processes see all of the file or none
-        read_problems(str(path))
     except Exception as error:  # no network, no such folder, not a data set, ...
-        path.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = f"not there, and not fetched ({error})"
         raise ValueError(f"{path}: {reason}; put it there by hand, from {url}") from None
     return str(path)
@@ -434,12 +434,12 @@ TIDY = [(re.compile(pattern), by) for pattern, by in (
 )]  # fmt: skip
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 SPELLINGS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
-    (rf"\s?\\frac\s?\{{\s?(-?)\s?({DECIMAL})\s?\}}\s?\{{\s?({DECIMAL})\s?\}}\s?", r" \1\2/\3 "),
+    (rf"\s?\\frac\s?\{{\s?(-?)\s?({DECIMAL})\s?\}}\s?\{{\s?({DECIMAL})\s?\}}\s?", r" \2/\1\3 "),
     (r"\^\s?\{\s?([+-]?\d+)\s?\}", r"^\1"),
     (r"\s?(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?", "e"),
     (r"^([+-]?)\s?10\s?\^\s?", r"\g<1>1e"),
 )]  # fmt: skip
-FRACTION = rf"(?:(\d+)\s)?({DECIMAL})\s?/\s?({DECIMAL})"
+FRACTION = rf"(?:(\d+)\s)?({DECIMAL})\s?/\s?(-?)({DECIMAL})"
 POWER = r"[eE][+-]?\d{1,4}"
 NUMBER = re.compile(rf"([+-]?)\s?(?:{FRACTION}|((?:{DECIMAL})(?:{POWER})?))\s?(%?)", re.ASCII)
 
@@ -479,11 +479,11 @@ def read_number(text):
     match = NUMBER.fullmatch(text.strip().rstrip("., "))
     if not match:
         return None
-    sign, whole, top, below, decimal, percent = [part.replace(",", "") for part in match.groups("")]
+    sign, whole, top, minus, below, decimal, percent = [part.replace(",", "") for part in match.groups("")]
     if below and Fraction(below) == 0:
         return None
     value = Fraction(decimal) if decimal else int(whole or 0) + Fraction(top) / Fraction(below)
-    value = -value if sign == "-" else value
+    value = -value if (sign + minus).count("-") == 1 else value
     return (value / 100, True) if percent else (value, False)
 
 

@@ -124,11 +124,8 @@ class Config:
                 need(f.name, 0 < value < 2**31, "above 0")
         need("careless", self.careless <= 1, "a share from 0 to 1")
         need("difficulty", self.difficulty <= 8, "1 to 8")
-        need(
-            "keep",
-            self.keep.replace(",", "0").isdecimal() or not self.keep,
-            "a comma list of steps, as 0,25,60",
-        )
+        kept = [step for step in self.keep.split(",") if step]
+        need("keep", all(map(str.isdecimal, kept)), "a comma list of steps, as 0,25,60")
         need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
         need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
         algo = rl.ALGOS[self.algo]
@@ -182,7 +179,7 @@ def set_up(cfg):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.released and world()[1] > 1:
         raise ValueError(
-            "--released: in one process only: its lambda is a mean over pairs, which others would cut"
+            "--released: in one process only: its lambda is a mean over pairs, which processes would cut"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -269,9 +266,8 @@ def pretrain(cfg, model, heads, device, stop):
     ]
     bar = progress(range(cfg.pretrain_steps), "pretrain")
     for step in bar:
-        schedule = min(
-            1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps)
-        )  # warm-up, then down in a line
+        # A short warm-up, then down in a line.
+        schedule = min(1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps))
         for optimizer, peak in optimizers:
             optimizer.param_groups[0]["lr"] = peak * schedule
             optimizer.zero_grad()
@@ -570,7 +566,7 @@ def main(cfg, resume=False, stop=()):
     else:
         start, scores = ckpt["step"], ckpt["scores"]
     say(
-        f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}, score {scores[-1]:.1f} before them"
+        f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}, score {scores[-1]:.1f} at the start"
     )
 
     began, saved = run.seconds(), start

@@ -102,7 +102,6 @@ def test_what_is_missing_is_fetched_and_half_a_file_is_not_kept(tmp_path, monkey
     (data / "gsm8k_train.jsonl").unlink()
     home.write_text('{"question": "q", "ans')
     rl.suites_of.cache_clear()
-    rl.read_problems.cache_clear()
     with pytest.raises(ValueError, match="not fetched .*:1: not JSON.*; put it there by hand, from file:"):
         rl.suites_of("gsm8k", str(data))
     assert os.listdir(data) == []

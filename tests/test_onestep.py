@@ -108,9 +108,9 @@ def test_regret_is_against_the_best_constant():
     """g = signal - m/2: λ = 0.5 takes the noise out. A proxy that says so regrets nothing, 0 what the noise costs."""
     m = torch.randn(400, 30) / 30
     g = 0.02 - 0.5 * m  # short enough for the clip not to bind
-    halves, found = halves_of(g, m), {}
+    best, found, sums_0 = evaluation.best_by_the_other(halves_of(g, m)), {}, evaluation.sums_of(g, g)
     for lam in (0.5, 0.0, -0.5):
-        found[lam] = evaluation.value_of_a_proxy(g, m, torch.full((400,), lam), halves)
+        found[lam] = evaluation.value_of_a_proxy(g, m, torch.full((400,), lam), sums_0, best)
     assert found[0.5]["lam"] == 0.5 and abs(found[0.5]["regret"][0]) < 1e-4
     assert 5 < found[0.0]["regret"][0] < found[-0.5]["regret"][0] < 100
     assert found[0.0]["gain"] == (0.0, 0.0) and found[-0.5]["gain"][0] < 0 < found[0.5]["gain"][0]

@@ -65,6 +65,17 @@ def test_training_and_held_out_problems_are_disjoint():
         assert len(held_out) >= 64 and not train & held_out
 
 
+def test_a_minus_below_the_line_counts():
+    for gold, same in (
+        ("2/3", "-6/-9"),
+        ("1/3", r"-\frac{-1}{3}"),
+        ("-2/3", "2/-3"),
+        ("-1/3", r"\frac{-1}{3}"),
+    ):
+        assert rl.answers_equal(gold, same) and not rl.answers_equal(gold, f"-{gold}")
+    assert rl.read_number("2 -1/3") is None  # a difference
+
+
 def test_advantages_by_hand():
     reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
     group = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.25, 0.25, 0.25, -0.75]])
