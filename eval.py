@@ -10,12 +10,12 @@
 avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
 is right, estimated without bias from n samples of which c are right (Chen et al. 2021, arXiv 2107.03374). The model is
 rebuilt from the run's own config. Plots read metrics.jsonl and nothing else; runs that differ in nothing but the seed
-are one line, with a 95 % band (Student's t) over seeds.
+are one line, with a 95 % band over seeds. All intervals are Student's t.
 
 What train.py needs too is here: reading a run, curves, and the command line's manners (a mistake is one line on stderr,
 exit code 2).
 
-Dimension key: B sequences · P prompts or parameters · G samples a prompt · T positions · N minibatches
+Dimension key: P problems or parameters · N minibatches · J parts that the jackknife leaves out
 """
 
 import os
@@ -38,9 +38,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -52,10 +53,7 @@ import rl
 from model import GPT, GPTConfig, find_device
 
 VERSION = 2  # of the run folder's format
-# What ckpt.pt holds besides its version
-CHECKPOINT = "step steps seconds scores model heads optimizer".split()
-# Student's t at 97.5 %, 1 to 10 degrees of freedom
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+CHECKPOINT = ("step", "steps", "seconds", "scores", "model", "heads", "optimizer")  # what ckpt.pt holds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,19 +79,18 @@ def read_metrics(folder):
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if not lines:
         raise ValueError(f"{path}: empty: the run never began; start it again")
-    records = [rl.parse_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
+    header, *records = [rl.parse_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
     try:
-        version, _ = records[0]["versions"]["nanoocc"], records[0]["config"]["regime"]
+        version, _ = header["versions"]["nanoocc"], header["config"]["regime"]
     except (KeyError, TypeError):
-        raise ValueError(
-            f"{path}:1: not the header of a run (config, seed, commit, versions, device)"
-        ) from None
+        wanted = "the header of a run (config, seed, commit, versions, device)"
+        raise ValueError(f"{path}:1: not {wanted}") from None
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
-    for i, record in enumerate(records[1:], 2):
+    for i, record in enumerate(records, 2):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}:{i}: not the record of a step")
-    return records[0], records[1:]
+    return header, records
 
 
 def read_run(folder, name="ckpt.pt"):
@@ -106,52 +103,90 @@ def read_run(folder, name="ckpt.pt"):
         return header["config"], None
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        version, _ = ckpt["version"], [ckpt[key] for key in CHECKPOINT]
+        return header["config"], {key: ckpt[key] for key in CHECKPOINT}
     except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if version != VERSION:
-        raise ValueError(f"{path}: a checkpoint of version {version}; this is version {VERSION}")
-    return header["config"], ckpt
 
 
-def load_weights(ckpt, model, heads=None, optimizer=None):
-    """Weights of a checkpoint into the trunk and, if given, heads and optimizer. ValueError if they do not fit."""
+def load_weights(ckpt, **parts):
+    """Weights of a checkpoint into model=, heads= and optimizer=; a part that is None is left out."""
     try:
-        for module, name in ((model, "model"), (heads, "heads"), (optimizer, "optimizer")):
-            if module is not None:
-                module.load_state_dict(ckpt[name])
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(ckpt[name])
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError):
         raise ValueError("ckpt.pt: its weights do not fit the sizes in the run's config") from None
 
 
 def load_run(folder, device, name="ckpt.pt"):
-    """Config, trunk and heads (None in regime off) of a run's checkpoint."""
+    """Config and (trunk, heads, optimizer) of a run's checkpoint; heads is None in regime off."""
     values, ckpt = read_run(folder, name)
     if ckpt is None:
         raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
     cfg = SimpleNamespace(**values)
     try:
         model, heads = build(cfg, device)
+        lr = cfg.lr
     except AttributeError as error:
         raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
     heads = heads if ckpt["heads"] else None
-    load_weights(ckpt, model, heads)
-    return cfg, model, heads
+    optimizer = torch.optim.Adam([*model.parameters(), *(heads.parameters() if heads else [])], lr)
+    load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
+    return cfg, (model, heads, optimizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Scores
+# Intervals and tables
+
+# Student's t at 97.5 %, 1 to 10 degrees of freedom
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def interval(values):
+    """Mean of numbers and half-width of its 95 % interval, nan where it cannot be had. nan is left out of the numbers."""
+    x = [value for value in values if not math.isnan(value)]
+    if not x:
+        return math.nan, math.nan
+    freedom = len(x) - 1
+    if freedom == 0:
+        return x[0], math.nan
+    t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.5 / freedom
+    return statistics.fmean(x), t * statistics.stdev(x) / len(x) ** 0.5
+
+
+def mean_of(intervals):
+    """Mean of independent (mean, half-width), as one more of them."""
+    means, halves = zip(*intervals)
+    return statistics.fmean(means), math.hypot(*halves) / len(halves)
+
+
+def cell(interval, digits=1):
+    mean, half = interval
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.{digits}f} (n = 1)" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def markdown(head, rows):
+    """Lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def write_table(path, head, rows):
+    """As Markdown and as CSV."""
+    Path(f"{path}.md").write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([head, *rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores and samples
 
 
 def pass_at_k(n, c, k):
     """Unbiased pass@k from n samples of which c are right."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def interval(values):
-    """Mean and half-width of the 95 % interval over problems (a list of numbers); nan for fewer than two."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), 1.96 * (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
 def equal_by_algebra(gold, candidate):
@@ -173,7 +208,7 @@ def equal_by_algebra(gold, candidate):
 
 
 def samples_of(cfg, model, heads, problems, args, max_new_tokens):
-    """The batches of args.k samples of each problem, about 512 rows at a time, and their texts."""
+    """args.k samples of each problem, about 512 rows at a time: their batch, and their texts."""
     if args.speculative and heads is None:
         raise ValueError(f"--speculative: {args.run} has no heads to draft with")
     drafting = heads if args.speculative else None
@@ -193,7 +228,7 @@ def score(args):
     The suites are the held-out problems of what the run was trained on, or those of --suite, which may share none with
     what the run has seen.
     """
-    cfg, model, heads = load_run(args.run, find_device(args.device))
+    cfg, (model, heads, _) = load_run(args.run, find_device(args.device))
     suites = trained = rl.suites_of(cfg.task, cfg.data_dir)
     if args.suite:
         suites = rl.suites_of(args.suite, args.data_dir or cfg.data_dir, scoring=True)
@@ -202,46 +237,43 @@ def score(args):
     new = args.max_new_tokens or cfg.max_new_tokens
     if new >= room:
         raise ValueError(f"--max_new_tokens {new}: must be below {room}, the positions that the model has")
-    shown = sorted({args.k // 4, args.k} - {0, 1})  # not 1: pass@1 is avg@k
-    rows, columns, lines = [], [], []
+    ks = sorted({args.k // 4, args.k} - {0, 1})  # of pass@k; not 1: that is avg@k
+    rows, intervals, notes = [], [], []
     for suite in tqdm(suites, "suites", disable=None):
+        name = rl.label(suite)
         if args.suite and suite not in rl.SUITES:  # the run was not trained on any of it
             problems = rl.read_problems(suite)[: args.problems or None]
         else:
             problems = rl.held_out_problems(suite, cfg.difficulty, args.problems or 64)
-        batch, texts = samples_of(cfg, model, heads, problems, args, new)
         cut = sum(len(tok.encode_ordinary(p.prompt)) + new > room for p in problems)
         if cut:
-            lines.append(f"{rl.label(suite)}: {cut} prompts are longer than the {room - new} tokens that the model has "
-                         "positions for; only their ends were read")  # fmt: skip
+            notes.append(f"{name}: {cut} prompts are longer than the {room - new} tokens that the model has positions for; "
+                         "only their ends were read")  # fmt: skip
+        batch, texts = samples_of(cfg, model, heads, problems, args, new)
         right = batch["reward"].bool().tolist()
         if importlib.util.find_spec("math_verify"):
-            golds = [problem.answer for problem in problems for _ in range(args.k)]
-            for i, (gold, text) in enumerate(zip(golds, texts)):
+            for i, text in enumerate(texts):
+                gold = problems[i // args.k].answer
                 right[i] = right[i] or equal_by_algebra(gold, rl.extract_answer(text))
         counts = [sum(right[i : i + args.k]) for i in range(0, len(right), args.k)]
-        column = [[100 * c / args.k for c in counts]]
-        column += [[100 * pass_at_k(args.k, c, j) for c in counts] for j in shown]
-        columns.append(column)
-        rows.append([rl.label(suite), len(problems), *(cell(interval(values)) for values in column)])
+        row = [interval([100 * c / args.k for c in counts])]
+        row += [interval([100 * pass_at_k(args.k, c, k) for c in counts]) for k in ks]
+        intervals.append(row)
+        rows.append([name, len(problems), *map(cell, row)])
         if args.speculative:
             drafted = mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
-            figures = [f"{name} {value:.2f}" for name, value in drafted.items()]
-            lines.append(", ".join([rl.label(suite), *figures]))
-    overall = []
-    for values in zip(*columns):  # each suite counts alike; the interval combines theirs
-        means, halves = zip(*map(interval, values))
-        overall.append(cell((statistics.fmean(means), math.hypot(*halves) / len(halves))))
+            notes.append(", ".join([name, *(f"{key} {value:.2f}" for key, value in drafted.items())]))
+    overall = [cell(mean_of(column)) for column in zip(*intervals)]  # each suite counts alike
     rows.append(["all", sum(row[1] for row in rows), *overall])
     if set(map(rl.label, suites)) & set(rl.COMPETITION):
-        lines.append("Competition problems are far beyond a small model trained from scratch: a score near zero is what to "
+        notes.append("Competition problems are far beyond a small model trained from scratch: a score near zero is what to "
                      "expect of one, and what is above zero may well be guessed.")  # fmt: skip
-    return [*markdown(["suite", "problems", f"avg@{args.k}", *(f"pass@{j}" for j in shown)], rows), *lines]
+    return [*markdown(["suite", "problems", f"avg@{args.k}", *(f"pass@{k}" for k in ks)], rows), *notes]
 
 
 def sample(args):
     """Completions to read, as lines: of a prompt, or of held-out problems with their reward."""
-    cfg, model, heads = load_run(args.run, find_device(args.device))
+    cfg, (model, heads, _) = load_run(args.run, find_device(args.device))
     tok, suites, problems = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir), []
     for suite in suites:
         problems += rl.held_out_problems(suite, cfg.difficulty, args.problems or 2)
@@ -274,20 +306,12 @@ def marked(tok, tokens_T, mask_T, draft_T):
 # Curves
 
 
-def pyplot():
-    """matplotlib without a screen, imported when something is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def save(figure, path):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    pyplot().close(figure)
+class Panel(NamedTuple):
+    title: str
+    label: str  # of the axis
+    value: str | Callable  # a key of a record, or a function of it
+    scale: str = "linear"
+    x: str = "step"
 
 
 def first_order(record):
@@ -300,19 +324,20 @@ def second_order(record):
     return record["occ/lam"] ** 2 * record["occ/v2"] / 2 if "occ/c" in record else None
 
 
-def logged(name):
-    return lambda record: record.get(name)
-
-
-PANELS = [  # title, axis label, value of a record, scale of the axis
-    ("Reward in training", "mean reward", logged("reward/mean"), "linear"),
-    ("Held-out score", "avg@k, points of 100", logged("eval/score"), "linear"),
-    ("Coefficient", "λ_t (last update of a step)", logged("occ/lam"), "linear"),
-    ("First-order correlation", "c_t = ⟨g_RL, g_MTP⟩", logged("occ/c"), "symlog"),
-    ("Second-order penalty", "v_t² = ‖g_MTP‖²", logged("occ/v2"), "log"),
-    ("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog"),
-    ("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
-    ("MTP head 1 as a drafter", "share of tokens accepted", logged("mtp/agreement_1"), "linear"),
+FIRST_ORDER = Panel("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog")
+SECOND_ORDER = Panel("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog")
+C = Panel("First-order correlation of a minibatch", "c_t = ⟨g_RL, g_MTP⟩", "occ/c", "symlog")
+V2 = Panel("Second-order penalty of a minibatch", "v_t² = ‖g_MTP‖²", "occ/v2", "log")
+SCORE = Panel("Held-out score", "avg@k, points of 100", "eval/score")
+PANELS = [
+    Panel("Reward in training", "mean reward", "reward/mean"),
+    SCORE,
+    Panel("Coefficient", "λ_t (last update of a step)", "occ/lam"),
+    C,
+    V2,
+    FIRST_ORDER,
+    SECOND_ORDER,
+    Panel("MTP head 1 as a drafter", "share of tokens accepted", "mtp/agreement_1"),
 ]
 NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep steps".split())
 
@@ -332,73 +357,98 @@ def group_runs(folders):
         if not records:
             raise ValueError(f"{folder}: nothing logged yet")
         if (label, seed) in seen:
-            raise ValueError(
-                f"{folder}: seed {seed} of '{label}' is there already; a band needs different seeds"
-            )
+            there = f"seed {seed} of '{label}' is there already"
+            raise ValueError(f"{folder}: {there}; a band needs different seeds")
         seen.add((label, seed))
         groups.setdefault(label, []).append(records)
     return groups
 
 
 def series(runs, value, points):
-    """Steps that every run has, mean and half-width of the 95 % band (nan for one run) of value(record) over runs.
+    """Steps that every run has, and the interval of a number over runs at each: [] and [] where there is none.
 
-    More than `points` steps are averaged in blocks, run by run, so that the band is that of the block's mean.
+    More than `points` steps are averaged in blocks, run by run, so that the interval is that of the block's mean.
     """
-    tables = [{r["step"]: value(r) for r in records if value(r) is not None} for records in runs]
+    tables = []
+    for records in runs:
+        values = {r["step"]: value(r) if callable(value) else r.get(value) for r in records}
+        tables.append({step: y for step, y in values.items() if y is not None})
     steps = sorted(set.intersection(*map(set, tables))) if tables else []
     if not steps:
-        return [], [], []
+        return [], []
     blocks = np.array_split(np.array(steps), min(points, len(steps)))
-    y = np.array([[np.mean([table[s] for s in block]) for block in blocks] for table in tables])
-    return [block.mean() for block in blocks], y.mean(0).tolist(), [half_width(column) for column in y.T]
+    intervals = [interval([np.mean([table[s] for s in block]) for table in tables]) for block in blocks]
+    return [block.mean() for block in blocks], intervals
 
 
-def half_width(values):
-    """Of the 95 % interval (Student's t) of a mean of a few numbers; nan for one."""
-    n = len(values)
-    return T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(values) / n**0.5 if n > 1 else math.nan
-
-
-def draw_lines(axis, groups, value, scale, points):
-    """A line a group of runs, on a linear axis with a 95 % band where n > 1."""
+def draw_panel(axis, groups, panel, points):
+    """A line a group of runs, on a linear axis with the band of its 95 % interval."""
     heights = []
     for i, (name, runs) in enumerate(groups.items()):
-        steps, mean, half = series(runs, value, points)
+        steps, intervals = series(runs, panel.value, points)
+        mean, half = np.array(intervals).reshape(-1, 2).T
         color = f"C{list(REPRODUCED).index(name) if name in REPRODUCED else i}"
         axis.plot(steps, mean, color=color, label=f"{name} (n = {len(runs)})")
-        if scale == "linear":
-            low, high = np.subtract(mean, half), np.add(mean, half)
-            axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        if panel.scale == "linear":
+            axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
         heights += [abs(y) for y in mean if y]
-    if heights and scale == "symlog":
-        axis.set_yscale(scale, linthresh=max(heights) / 30)
+    if heights and panel.scale == "symlog":
+        axis.set_yscale("symlog", linthresh=max(heights) / 30)
     elif heights:
-        axis.set_yscale(scale)
+        axis.set_yscale(panel.scale)
+    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.label)
     axis.grid(alpha=0.3)
 
 
+def pyplot():
+    """matplotlib without a screen, imported when something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def draw_panels(path, panels, rows=1, points=12):
-    """A panel for each (groups, title, label, value, scale). By default in 12 blocks of steps: probes are noisy."""
+    """A picture of (groups, panel) pairs. By default in 12 blocks of steps: probes are noisy."""
     columns = len(panels) // rows
     size = (4.5 * columns, 8) if rows > 1 else (15, 5)
     figure, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained")
-    for axis, (groups, title, label, value, scale) in zip(axes.flat, panels):
-        draw_lines(axis, groups, value, scale, points)
-        axis.set(title=title, xlabel="step", ylabel=label)
-    if panels[0][0]:
-        axes.flat[0].legend(fontsize="small")
+    for i, (axis, (groups, panel)) in enumerate(zip(axes.flat, panels)):
+        draw_panel(axis, groups, panel, points)
+        if panel.x == RESPONSES:
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(-40, 40)  # with few minibatches the intervals of the largest go beyond
+            for responses in (64, 512):
+                axis.axvline(responses, color="gray", linewidth=0.8, linestyle=":")
+        if groups and (i == 0 or list(groups) != list(panels[i - 1][0])):  # other lines than the panel before
+            axis.legend(fontsize="small")
     save(figure, path)
+
+
+def save(figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot().close(figure)
 
 
 def plot(folders, path):
     """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
     groups = group_runs(folders)
-    draw_panels(path, [(groups, *panel) for panel in PANELS], rows=2, points=60)
+    draw_panels(path, [(groups, panel) for panel in PANELS], rows=2, points=60)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # After a few updates of one rollout: where λ_t comes from
+
+
+def load_to_measure(folder, device, name="ckpt.pt"):
+    """As load_run, of a run that has heads."""
+    cfg, state = load_run(folder, device, name)
+    if state[1] is None:
+        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
+    return cfg, state
 
 
 def last_update(cfg, model, heads, optimizer, seed):
@@ -425,15 +475,16 @@ def last_update(cfg, model, heads, optimizer, seed):
     return (minibatches[-1], heads_at_rollout) if len(minibatches) > 1 else None
 
 
-def load_to_measure(folder, device, name="ckpt.pt"):
-    """Of a run with heads: config, (trunk, heads, optimizer), and the checkpoint whose weights they have."""
-    cfg, model, heads = load_run(folder, device, name)
-    if heads is None:
-        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
-    optimizer = torch.optim.Adam([*model.parameters(), *heads.parameters()], lr=cfg.lr)
-    _, ckpt = read_run(folder, name)
-    load_weights(ckpt, model, heads, optimizer)
-    return cfg, (model, heads, optimizer), ckpt
+def deltas_of(model, heads, mb, cfg):
+    """δ_RL and δ_MTP (B, T-1) of a minibatch, and λ as the authors' code has it (see train.py --released)."""
+    with torch.no_grad():
+        logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
+    deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
+    old_of_trunk = mb["old"][:, None].expand_as(mb["old_mtp"])
+    released = occ.token_deltas(logp, mb["old"], logp_mtp, old_of_trunk, mb["mask_mtp"])
+    lam_plus = occ.RELEASED_LAM_PLUS / cfg.mtp_depth
+    lam_B = occ.released_coefficient(*released, mb["mask_mtp"].any(1), lam_plus)
+    return deltas, lam_B.mean().item()
 
 
 def explain(args):
@@ -441,32 +492,30 @@ def explain(args):
 
     Returns lines, and writes a picture: δ_RL·δ_MTP and δ_MTP² as colours under the text of a few responses.
     """
-    cfg, (model, heads, optimizer), _ = load_to_measure(args.run, find_device(args.device))
+    cfg, state = load_to_measure(args.run, find_device(args.device))
     if cfg.updates_per_rollout == 1:
         raise ValueError(f"{args.run}: with one update a rollout every δ is 0, and so is lambda")
-    last = last_update(cfg, model, heads, optimizer, 10**9 + args.seed)
+    last = last_update(cfg, *state, 10**9 + args.seed)
     if last is None:
-        raise ValueError(
-            f"{args.run}: too few prompts have both right and wrong samples here; try another --seed"
-        )
+        few = "too few prompts have both right and wrong samples here"
+        raise ValueError(f"{args.run}: {few}; try another --seed")
     mb, heads_at_rollout = last
-    with torch.no_grad():
-        logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
-    delta_rl, delta_mtp = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-    product, scored = delta_rl * delta_mtp, mb["mask_mtp"].any(1)
-    c_hat, v2_hat = product.sum().item(), delta_mtp.square().sum().item()
+    model, heads, _ = state
+    (delta_rl, delta_mtp), released = deltas_of(model, heads, mb, cfg)
+    product, square = delta_rl * delta_mtp, delta_mtp.square()
+    c_hat, v2_hat = product.sum().item(), square.sum().item()
     regime, algo = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo]
-    found, _, _ = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
-    c, v2, cos = found["occ/c"], found["occ/v2"], found["occ/cos"]
-    largest = product.flatten()[product.flatten().abs().topk(min(10, product.numel())).indices]
-    share = 100 * largest.sum().item() / c_hat if c_hat else 0.0
+    exact, _, _ = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
+    c, v2, cos = exact["occ/c"], exact["occ/v2"], exact["occ/cos"]
+    largest = product.flatten().abs().topk(min(10, product.numel())).indices
+    share = 100 * product.flatten()[largest].sum().item() / c_hat if c_hat else 0.0
     path = Path(args.out or Path(args.run) / "explain.png")
-    draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, delta_mtp.square(), args.responses)
+    draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, square, args.responses)
     return [
-        f"The last update of one rollout: {int(scored.sum())} tokens.",
+        f"The last update of one rollout: {int(mb['mask_mtp'].any(1).sum())} tokens.",
         f"ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}",
         f"λ, ratio of sums (paper):             {c_hat / (v2_hat + 1e-8):8.4f}",
-        f"λ, mean of ratios (released code):    {found['occ/lam_released']:8.4f}",
+        f"λ, mean of ratios (released code):    {released:8.4f}",
         f"λ, exact gradients, c/v²:             {c / max(v2, 1e-30):8.4f}   c = {c:.4g}, v² = {v2:.4g}, cosine {cos:.3f}",
         f"The ten most influential tokens make {share:.0f} % of ĉ.",
         str(path),
@@ -482,11 +531,11 @@ def draw_tokens(path, tok, mb, product, square, responses):
             rows.append(row)
         seen.add(text)
     width, labels = int(mb["mask"].sum(1).max()), []
-    size = (1.2 * width + 4, 0.45 * len(rows) + 1.5)
-    figure, axes = pyplot().subplots(1, 2, figsize=size, layout="constrained")
     for row in rows:
         prompt = mb["tokens"][row, : 1 + int(mb["mask"][row].int().argmax())].tolist()
         labels.append(tok.decode(prompt).strip()[-24:].replace("$", r"\$"))
+    size = (1.2 * width + 4, 0.45 * len(rows) + 1.5)
+    figure, axes = pyplot().subplots(1, 2, figsize=size, layout="constrained")
     panels = ((axes[0], product, "δ_RL · δ_MTP", "RdBu"), (axes[1], square, "δ_MTP²", "Greens"))
     for axis, values, title, colors in panels:
         grid = torch.full((len(rows), width), math.nan)
@@ -509,62 +558,63 @@ def draw_tokens(path, tok, mb, product, square, responses):
 # One step: what would MTP add to it?
 
 LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-SIZES = [16, 32, 64, 128, 256, 512, 1024]  # responses a minibatch; the paper has 512
+SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch; by default training has 64, the paper 512
+RESPONSES = "responses a minibatch"
 ADAM_EPS = 1e-8
+PARTS = 12  # which the jackknife leaves out, one at a time
 HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the minibatches
-PROXIES = {  # of λ: a key of rl.probe, and its name
+PROXIES = {  # of λ: a number that is measured for each minibatch, or a constant; and its name
     "lam_logprob": "log-probs (paper)",
     "lam_released": "mean of ratios",
     "lam_hidden": "hidden states",
     "lam_frozen": "log-probs, frozen heads",
     "lam_star": "exact c/v²",
+    "0": "constant 0",
+    "0.05": "constant 0.05",
+    "0.1": "constant 0.1",
 }
-CONSTANTS = {"0": 0.0, "0.05": 0.05, "0.1": 0.1}
 
 
 def onestep(args):
     """Whether MTP would help a run, and at which λ: what one step gains, without the noise that g and m share.
 
     D(λ) = Σ_j E[g_j] E[u_j] / (√E[u_j²] + ε),  u = clip(g + λ m),  is the expected first-order gain of a step of Adam
-    whose second moments have converged: idealised. "own" has the optimizer's moments instead. A plain step of its best
-    length gains <E g, E u>²/(2 L E‖u‖²). All are given relative to λ = 0. The unit is a minibatch as in training, after
-    one real update of its rollout; E[g] E[u] is from products of different ones.
+    whose second moments have converged: idealised. It is given relative to λ = 0. The unit is a minibatch as in
+    training, after one real update of its rollout; E[g] E[u] is from products of different ones.
     """
     found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
     lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain of "
              "one step over that with λ = 0, in %; ± 95 % by the jackknife.", ""]  # fmt: skip
-    head, columns = ["λ"], []
-    for kind in ("policy", "ce"):
-        for step in ("adam", "own", "plain"):
-            if step in found[kind]:  # there are no own moments before Adam's first step
-                head.append(f"m of {kind}, {step}")
-                columns.append([cell(gain) for gain in found[kind][step]])
-    lines += [*markdown(head, list(zip(LAMS, *columns))), ""]
+    rows = [(lam, *(cell(found[f"{kind}/gain_{lam:g}"]) for kind in ("policy", "ce"))) for lam in LAMS]
+    lines += [*markdown(["λ", "m of policy", "m of ce"], rows), ""]
 
-    lines.append("By responses a minibatch, adam without the clip: the best λ by each half of the minibatches, and what it "
-                 "gains in the other, in % (means of the two).")  # fmt: skip
+    lines.append(f"By {RESPONSES}, without the clip: the best λ by each half of the minibatches, and what it gains in the "
+                 "other, in % (means of the two).")  # fmt: skip
     rows = []
-    for size, policy, ce in zip(SIZES, found["policy"]["sizes"], found["ce"]["sizes"]):
-        rows.append([size, policy["lam"], cell(policy["gain"]), ce["lam"], cell(ce["gain"])])
+    for size in SIZES:
+        row = [size]
+        for kind in ("policy", "ce"):
+            row += [round(found[f"{kind}/lam_at_{size}"], 3), cell(found[f"{kind}/gain_at_{size}"])]
+        rows.append(row)
     lines += [*markdown(["responses", "policy: λ", "policy: gain", "ce: λ", "ce: gain"], rows), ""]
 
-    lines.append("Adam along g_i + λ_i m_i, λ_i of each minibatch by a proxy: mean of λ_i, gain over λ = 0, and regret, what "
-                 "is lost against the best constant λ by the other half; in %.")  # fmt: skip
+    lines.append("Along g_i + λ_i m_i, λ_i of each minibatch by a proxy: mean of λ_i, gain over λ = 0, and regret, what is "
+                 "lost against the best constant λ by the other half; in %.")  # fmt: skip
     rows = []
-    for name, each in found["proxies"].items():
-        title = PROXIES.get(name, f"constant {name}")
-        rows.append([title, f"{each['lam']:.3f}", cell(each["gain"]), cell(each["regret"])])
+    for name, title in PROXIES.items():
+        gain, regret = found[f"{name}/gain"], found[f"{name}/regret"]
+        rows.append([title, f"{found[f'{name}/lam']:.3f}", cell(gain), cell(regret)])
     lines += [*markdown(["λ", "mean", "gain", "regret"], rows), ""]
 
     for kind in ("policy", "ce"):
-        free, seen = found[kind]["noise_free"], found[kind]["of_a_minibatch"]
-        lines.append(f"m of {kind}: cosine of E g and E m {cosine(*free):.2f}; of a minibatch's ‖g‖² "
-                     f"{100 - 100 * free[0] / seen[0]:.0f} % and ‖m‖² {100 - 100 * free[2] / seen[2]:.0f} % is noise")  # fmt: skip
+        cos, noise_g, noise_m = (found[f"{kind}/{key}"] for key in ("cos", "noise_g", "noise_m"))
+        lines.append(f"m of {kind}: cosine of E g and E m {cos:.2f}; of a minibatch's ‖g‖² {noise_g:.0f} % and ‖m‖² "
+                     f"{noise_m:.0f} % is noise")  # fmt: skip
     lines.append(f"Lη of Adam's steps on fresh samples {cell(found['L_eta'], 3)} (of the clipped surrogate)")
     for kind in ("policy", "ce"):
-        lam, (mean, half) = found[kind]["chosen"]["lam"], found[kind]["chosen"]["gain"]
+        lam, (mean, half) = found[f"{kind}/best_lam"], found[f"{kind}/best_gain"]
         answer = "yes" if mean > half else "no" if mean + half < 1 else "cannot be told"
         lines.append(f"Would MTP help this run, through m of {kind}? {answer}: at λ = {lam:g}, chosen on one half and valued "
                      f"on the other, a step gains {cell((mean, half))} %.")  # fmt: skip
@@ -572,83 +622,58 @@ def onestep(args):
 
 
 def measure_step(folder, name, rollouts, device):
-    """What `onestep` prints, as a dict: see there."""
-    cfg, (model, heads, optimizer), ckpt = load_to_measure(folder, device, f"{name}.pt")
+    """What `onestep` says of a checkpoint, as a flat dict of numbers and of (mean, half-width)."""
+    cfg, state = load_to_measure(folder, device, f"{name}.pt")
+    # Two minibatches a rollout: the first updates the weights, the second is measured.
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
-    cfg.updates_per_rollout, algo, trunk = 2, rl.ALGOS[cfg.algo], list(model.parameters())
-    theta = torch.nn.utils.parameters_to_vector(trunk).detach()
-    g, m_policy, m_ce, L_eta, lams = [], [], [], [], {key: [] for key in PROXIES}
+    cfg.updates_per_rollout = 2
+    gradients, numbers = [], []
     for i in tqdm(range(rollouts), f"{folder} {name}", disable=None):
-        load_weights(ckpt, model, heads, optimizer)
-        last = last_update(cfg, model, heads, optimizer, 10**9 + i)
-        if last is None:  # too few prompts with both right and wrong samples
-            continue
-        mb, heads_at_rollout = last
-        u = torch.cat([p.grad.flatten() for p in trunk])
-        delta = theta - torch.nn.utils.parameters_to_vector(trunk).detach()
-        logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
-        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-        m_ce.append(occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk))
-        regime = occ.REGIMES["occ"]
-        found, g_after, m = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
-        g.append(g_after)
-        m_policy.append(m)
-        for key in lams:
-            lams[key].append(found[f"occ/{key}"])
-        load_weights(ckpt, model)  # the same samples before the update, in which they had no part
-        logp, _, _ = rl.logprobs(model, None, mb, cfg)
-        loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
-        L_eta.append(curvature(occ.flat_grad(loss_rl, trunk), g_after, delta, u))
-    if len(g) < 8:
-        raise ValueError(
-            f"{folder}: {len(g)} minibatches have a gradient, which are too few; more --rollouts?"
-        )
-    g, L_eta = torch.stack(g), torch.tensor(L_eta)
-    m_of = {"policy": torch.stack(m_policy), "ce": torch.stack(m_ce)}
+        moved = copy.deepcopy(state)
+        last = last_update(cfg, *moved, 10**9 + i)
+        if last is not None:  # else too few prompts had both right and wrong samples
+            of_minibatch = measure_minibatch(cfg, state[0], moved, *last)
+            gradients.append(of_minibatch[0])
+            numbers.append(of_minibatch[1])
+    if len(numbers) < 8:
+        few = f"{len(numbers)} minibatches have a gradient, which are too few"
+        raise ValueError(f"{folder}: {few}; more --rollouts?")
+    g, m_policy, m_ce = torch.stack(gradients, 1)
     responses = cfg.prompts_per_step * cfg.num_generations // 2
-    measured = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
-    measured["L_eta"] = (L_eta.mean().item(), 1.96 * L_eta.std().item() / len(L_eta) ** 0.5)
-    moments = own_moments(optimizer, trunk)
-    for kind, m in m_of.items():
-        pairs, sums = ((g, g), (g, m), (m, m)), sums_by_lam(g, m)
-        halves = [sums_by_lam(g[rows], m[rows]) for rows in HALVES]
-        not_clipped = [sums_by_lam(g[rows], m[rows], clip=False) for rows in HALVES]
-        measured[kind] = {
-            "chosen": chosen_on_one_half(halves),
-            "sizes": [chosen_on_one_half(not_clipped, size / responses) for size in SIZES],
-            "noise_free": [across(a, b) for a, b in pairs],
-            "of_a_minibatch": [(a * b).sum(1).mean().item() for a, b in pairs],
-        }
-        for name, step in (("adam", "adam"), ("own", moments), ("plain", "plain")):
-            if step is not None:
-                measured[kind][name] = [relative_gain(sums[lam], sums[0.0], step) for lam in LAMS]
-        if kind == "policy":
-            lams |= {name: [lam] * len(g) for name, lam in CONSTANTS.items()}
-            best, measured["proxies"] = best_by_the_other(halves), {}
-            for name, values in lams.items():
-                measured["proxies"][name] = value_of_a_proxy(g, m, torch.tensor(values), sums[0.0], best)
-    return measured
+    found = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
+    found["L_eta"] = interval([each["L_eta"] for each in numbers])
+    for kind, m in (("policy", m_policy), ("ce", m_ce)):
+        halves = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
+        for key, value in gains_of_steps(g, m, halves, responses).items():
+            found[f"{kind}/{key}"] = value
+        for proxy in PROXIES if kind == "policy" else ():
+            measured = proxy.startswith("lam_")
+            lam_N = torch.tensor([each[f"occ/{proxy}"] if measured else float(proxy) for each in numbers])
+            for key, value in value_of_a_proxy(g, m, lam_N, halves).items():
+                found[f"{proxy}/{key}"] = value
+    return found
 
 
-def own_moments(optimizer, trunk):
-    """Adam's own second moments of the trunk, without their bias, as one vector; None before its first step."""
-    states = [optimizer.state[p] for p in trunk]
-    if not all(states):
-        return None
-    beta2 = optimizer.param_groups[0]["betas"][1]
-    moments = torch.cat([state["exp_avg_sq"].flatten() for state in states])
-    return moments / (1 - beta2 ** float(states[0]["step"]))
+def measure_minibatch(cfg, before, moved, mb, heads_at_rollout):
+    """Of a minibatch: (3, P) g, m of the policy loss and m of cross-entropy; and numbers, as rl.probe, and Lη.
 
-
-def across(a, b):
-    """Mean of <a_i, b_j> over i ≠ j: of independent estimates, without the noise that a_i and b_i share."""
-    n = len(a)
-    return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / max(n * (n - 1), 1)).item()
-
-
-def cosine(g2, c, v2):
-    """Of estimates of ‖g‖², <g, m> and ‖m‖²; nan where noise has made one of the squares negative."""
-    return c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
+    before: the trunk at the rollout. moved: trunk, heads and optimizer after an update in which mb had no part.
+    """
+    model, heads, _ = moved
+    algo, trunk = rl.ALGOS[cfg.algo], list(model.parameters())
+    deltas, released = deltas_of(model, heads, mb, cfg)
+    numbers, g, m = rl.probe(model, heads, mb, deltas, occ.REGIMES["occ"], algo, cfg, heads_at_rollout)
+    numbers["occ/lam_released"] = released
+    _, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
+    m_ce = occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk)
+    logp, _, _ = rl.logprobs(before, None, mb, cfg)
+    loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+    g_before = occ.flat_grad(loss_rl, list(before.parameters()))
+    u = torch.cat([p.grad.flatten() for p in trunk])  # along which the update went
+    vector = torch.nn.utils.parameters_to_vector
+    delta = vector(before.parameters()).detach() - vector(trunk).detach()
+    numbers["L_eta"] = curvature(g_before, g, delta, u)
+    return torch.stack((g, m, m_ce)), numbers
 
 
 def curvature(g, g_after, delta, u):
@@ -659,112 +684,100 @@ def curvature(g, g_after, delta, u):
     return occ.product(g - g_after, delta) / (delta.norm() * u.norm()).item()
 
 
+def across(a, b):
+    """Mean of <a_i, b_j> over i ≠ j: of independent estimates, without the noise that a_i and b_i share."""
+    n = len(a)
+    return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / max(n * (n - 1), 1)).item()
+
+
 def clipped(u):
     """u (..., P) as training clips the gradient: no longer than 1."""
     return u / u.norm(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-def sums_of(g_NP, u_NP, blocks=12):
-    """What `step_gains` needs of N minibatches, then of those without each of `blocks` parts, for the jackknife.
+def step_gains(g_NP, u_NP, sizes=(1.0,)):
+    """D of `onestep` for steps along u: (S, 1 + J), of all N minibatches, then without each of J = PARTS of them.
 
-    Each is a list: how many minibatches, and sums over them (P,) of g, u, g u and u².
+    sizes: S sizes of a minibatch in units of those given, at most N. Then E[u²] = (E u)² + s²/size, s² the variance.
     """
-    sums = []
-    for block in range(blocks):
-        g, u = g_NP[block::blocks], u_NP[block::blocks]
-        sums.append([len(g), g.sum(0), u.sum(0), (g * u).sum(0), u.square().sum(0)])
-    whole = [sum(parts) for parts in zip(*sums)]
-    return [whole] + [[a - b for a, b in zip(whole, part)] for part in sums]
-
-
-def sums_by_lam(g, m, clip=True):
-    """{λ: sums_of u = g + λ m} of LAMS."""
-    sums = {}
-    for lam in LAMS:
-        u = g + lam * m
-        sums[lam] = sums_of(g, clipped(u) if clip else u)
-    return sums
-
-
-def step_gains(sums, step="adam", size=1.0):
-    """Expected first-order gain of a step along u (see `onestep`), of each of `sums_of`.
-
-    step: "adam", "plain", or Adam's own second moments (P,). size: of a minibatch, in units of those given, from 1/N to
-    N. Then E[u²] = (E u)² + s²/size, s² the variance.
-    """
+    terms = (g_NP, u_NP, g_NP * u_NP, u_NP.square())
+    whole, size_S1 = [x.sum(0) for x in terms], torch.tensor(sizes)[:, None]
     gains = []
-    for n, g, u, gu, uu in sums:
+    for left_out in (slice(0), *(slice(part, None, PARTS) for part in range(PARTS))):
+        n = len(g_NP) - len(g_NP[left_out])
+        g, u, gu, uu = [total - x[left_out].sum(0) for total, x in zip(whole, terms)]
         product = (g * u - gu) / (n * (n - 1))  # E[g_j] E[u_j], from products of different minibatches
         variance = (uu - u.square() / n) / (n - 1)
-        square = ((u / n).square() + variance * (1 / size - 1 / n)).clamp(min=0)
-        if step == "plain":
-            inner = product.sum().item()
-            gains.append(inner * abs(inner) / square.sum().item())  # a step backwards is a loss
-        else:
-            square = square if step == "adam" else step
-            gains.append((product / (square.sqrt() + ADAM_EPS)).sum().item())
-    return gains
+        square_SP = (u / n).square() + variance * (1 / size_S1 - 1 / n)
+        gains.append((product / (square_SP.clamp(min=0).sqrt() + ADAM_EPS)).sum(1))
+    return torch.stack(gains, 1)
 
 
-def relative_gain(sums, sums_0, step="adam", size=1.0):
-    """(gain of a step along u over that of a step along u_0, minus 1, in %; half-width of its 95 % interval).
+def gains_by_lam(g, m, sizes=(1.0,), clip=True):
+    """step_gains along g + λ m for the λ of LAMS: (L, S, 1 + J)."""
+    gains = []
+    for lam in LAMS:
+        u = g + lam * m
+        gains.append(step_gains(g, clipped(u) if clip else u, sizes))
+    return torch.stack(gains)
 
-    The interval is the jackknife's over 12 blocks of minibatches, with Student's t.
+
+def relative_gain(gain, gain_0):
+    """(gain of a step over that of another, minus 1, in %; half-width of its 95 % interval), of rows of step_gains.
+
+    The interval is the jackknife's, with Student's t.
     """
-    pairs = zip(step_gains(sums, step, size), step_gains(sums_0, step, size))
-    ratios = [100 * (a / b - 1) if b else math.nan for a, b in pairs]
+    ratios = 100 * (gain / gain_0 - 1)
     left_out = ratios[1:]
-    n, mean = len(left_out), statistics.fmean(left_out)
-    variance = (n - 1) / n * sum((x - mean) ** 2 for x in left_out)
-    return ratios[0], 2.20 * variance**0.5
+    variance = (PARTS - 1) / PARTS * (left_out - left_out.mean()).square().sum()
+    return ratios[0].item(), 2.20 * variance.sqrt().item()
 
 
-def best_lam(sums, size=1.0):
-    """The λ along which a step of Adam gains most, of `sums_by_lam`."""
-    gains = {lam: step_gains(sums[lam][:1], "adam", size)[0] for lam in sums}
-    return max(gains, key=gains.get)
-
-
-def mean_of_two(gains):
-    """Of two independent (mean, half-width)."""
-    (mean_a, half_a), (mean_b, half_b) = gains
-    return (mean_a + mean_b) / 2, math.hypot(half_a, half_b) / 2
-
-
-def chosen_on_one_half(halves, size=1.0):
-    """{"lam", "gain"}: the best λ by each half of the minibatches (their sums_by_lam), and its gain in the other; means.
+def chosen_on_one_half(even, odd):
+    """(λ, gain): the best λ by each half of the minibatches (L, 1 + J), and its gain in the other half; means.
 
     A λ that is chosen and valued on the same minibatches always looks as if it helped.
     """
     lams, gains = [], []
-    for here, there in (halves, halves[::-1]):
-        lam = best_lam(here, size)
-        lams.append(lam)
-        gains.append(relative_gain(there[lam], there[0.0], "adam", size))
-    return {"lam": round(sum(lams) / 2, 3), "gain": mean_of_two(gains)}
+    for here, there in ((even, odd), (odd, even)):
+        best = int(here[:, 0].argmax())
+        lams.append(LAMS[best])
+        gains.append(relative_gain(there[best], there[LAMS.index(0.0)]))
+    return statistics.fmean(lams), mean_of(gains)
 
 
-def best_by_the_other(halves):
-    """Of each half of the minibatches its sums along the λ that is best by the other half."""
-    even, odd = halves
-    return even[best_lam(odd)], odd[best_lam(even)]
+def gains_of_steps(g, m, halves, responses):
+    """What one kind of m adds to a step, as a dict: gains by λ and by size of minibatch, and how g and m lie."""
+    found, gains = {}, gains_by_lam(g, m)[:, 0]
+    for lam, gain in zip(LAMS, gains):
+        found[f"gain_{lam:g}"] = relative_gain(gain, gains[LAMS.index(0.0)])
+    found["best_lam"], found["best_gain"] = chosen_on_one_half(*halves)
+    sizes = [size / responses for size in SIZES]
+    even, odd = [gains_by_lam(g[rows], m[rows], sizes, clip=False) for rows in HALVES]
+    for i, size in enumerate(SIZES):
+        found[f"lam_at_{size}"], found[f"gain_at_{size}"] = chosen_on_one_half(even[:, i], odd[:, i])
+    g2, c, v2 = across(g, g), across(g, m), across(m, m)
+    found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan  # noise can make a square negative
+    found["noise_g"] = 100 - 100 * g2 / g.square().sum(1).mean().item()
+    found["noise_m"] = 100 - 100 * v2 / m.square().sum(1).mean().item()
+    return found
 
 
-def value_of_a_proxy(g, m, lam_N, sums_0, best):
-    """Of steps of Adam along g_i + λ_i m_i: mean of λ_i, gain over λ = 0, and regret against the best constant λ.
+def value_of_a_proxy(g, m, lam_N, halves):
+    """Of steps along g_i + λ_i m_i: mean of λ_i, gain over λ = 0, and regret against the best constant λ.
 
-    sums_0: those of λ = 0. best: as `best_by_the_other`; the regret is the mean of those of the halves.
+    That constant is the best by the other half of the minibatches; the regret is the mean of both halves.
     """
     u, regrets = clipped(g + lam_N[:, None] * m), []
-    for rows, sums_best in zip(HALVES, best):
-        mean, half = relative_gain(sums_of(g[rows], u[rows]), sums_best)
+    for rows, here, there in ((HALVES[0], *halves), (HALVES[1], *halves[::-1])):
+        mean, half = relative_gain(step_gains(g[rows], u[rows])[0], here[there[:, 0].argmax()])
         regrets.append((-mean, half))
-    gain = relative_gain(sums_of(g, u), sums_0)
-    return {"lam": lam_N.mean().item(), "gain": gain, "regret": mean_of_two(regrets)}
+    gain = relative_gain(step_gains(g, u)[0], step_gains(g, clipped(g))[0])
+    return {"lam": lam_N.mean().item(), "gain": gain, "regret": mean_of(regrets)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The reproduction: train every regime on several seeds, then draw figures and write tables from what was logged
+# The reproduction: train every regime on several seeds, measure one step, then draw figures and write tables
 
 SETTING = dict(eval_k=32, probe_every=5, save_every=25, keep="0,25,60,120")  # all else as in train.py
 FAST = dict(task="add,sub", difficulty=1, n_layer=2, pretrain_steps=100, pretrain_batch=64, prompts_per_step=8,
@@ -782,7 +795,6 @@ REPRODUCED = {  # the first is what the others are compared with
 DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"  # the others take longer than they tell
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
 STATES = "ckpt-0 ckpt-25 ckpt-60 ckpt-120 ckpt".split()  # of detach and of occ, where one step is measured
-GROWTH = 3.6  # points a unit of ln t, fitted to detach on seeds 100 and 101: see predicted_difference
 
 
 def reproduce(args):
@@ -796,21 +808,20 @@ def reproduce(args):
     common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
     seeds, plan = range(args.seeds or (2 if args.fast else 5)), []
     for label in args.regimes.split(","):
-        plan += [common | REPRODUCED[label] | dict(seed=s, out=f"{out}/{label}-s{s}") for s in seeds]
-    threads, failed = max((os.cpu_count() or 1) // args.jobs, 1), []
-    bar = tqdm(total=len(plan), desc="runs", disable=None)
+        for seed in seeds:
+            plan.append(common | REPRODUCED[label] | dict(seed=seed, out=f"{out}/{label}-s{seed}"))
+    threads, failed = itertools.repeat(max((os.cpu_count() or 1) // args.jobs, 1)), []
+    folders = [out / f"{label}-s{seed}" for label in ("detach", "occ") for seed in seeds]
+    states = list(itertools.product(folders, STATES))
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         # The first run of a seed pretrains for the others.
         for wave in (plan[: len(seeds)], plan[len(seeds) :]):
-            for line in pool.map(train_one, wave, [threads] * len(wave)):
-                failed += [line] if line else []
-                bar.update()
-        finished = len(plan) - len(failed)
-        folders = [out / f"{label}-s{s}" for label in ("detach", "occ") for s in seeds]
-        states = list(itertools.product(folders, STATES))
-        found = pool.map(measure_one, states, [rollouts] * len(states), [threads] * len(states))
-        failed += [line for line in tqdm(found, "one step", len(states), disable=None) if line]
+            failed += tqdm(pool.map(train_one, wave, threads), "runs", len(wave), disable=None)
+        finished = failed.count("")
+        found = pool.map(measure_one, states, itertools.repeat(rollouts), threads)
+        failed += tqdm(found, "one step", len(states), disable=None)
     draw(out, steps)
+    failed = [line for line in failed if line]
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
@@ -828,9 +839,8 @@ def train_one(flags, threads):
             return str(error)
         for name in set(flags) - {"steps"}:
             if config.get(name) != flags[name]:
-                return (
-                    f"{folder}: a run with --{name} {config.get(name)}, not {flags[name]}: name another --out"
-                )
+                there = f"a run with --{name} {config.get(name)}, not {flags[name]}"
+                return f"{folder}: {there}: name another --out"
         if ckpt and ckpt["step"] == flags["steps"]:
             return ""
         arguments = ["--resume", folder, "--steps", str(flags["steps"])]
@@ -857,14 +867,33 @@ def run_script(folder, arguments, threads):
     return f"{folder}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}" if done.returncode else ""
 
 
+def finished_runs(out, steps):
+    """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps.
+
+    What `onestep` found at a step stands in its record, each mean as onestep/<key>.
+    """
+    runs = {}
+    for label in REPRODUCED:
+        for path in sorted(out.glob(f"{label}-s*/metrics.jsonl")):
+            folder, seed = path.parent, int(path.parent.name.rpartition("-s")[2])
+            _, records = read_metrics(folder)
+            if not records or records[-1]["step"] != steps:
+                print(f"left out: {folder}: not at step {steps}", file=sys.stderr)
+                continue
+            for record in records:
+                name = "ckpt" if record["step"] == steps else f"ckpt-{record['step']}"
+                path = folder / f"onestep-{name}.json"
+                found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                for key, value in found.items():
+                    record[f"onestep/{key}"] = value[0] if isinstance(value, list) else value
+            runs.setdefault(label, {})[seed] = records
+    if not runs:
+        raise ValueError(f"{out}: no finished run to draw")
+    return runs
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics over seeds, and the claims
-
-
-def over_seeds(values):
-    """Mean and half-width of the 95 % interval (Student's t) of one number a seed, nan left out."""
-    x = [value for value in values if not math.isnan(value)]
-    return (statistics.fmean(x), half_width(x)) if x else (math.nan, math.nan)
+# Claims and predictions
 
 
 def in_thirds(records, name):
@@ -883,7 +912,7 @@ def final(records, name="eval/score"):
 
 def whole(records, name):
     """Mean of a logged number after step 0, nan left out."""
-    return over_seeds(r[name] for r in records if name in r and r["step"] > 0)[0]
+    return interval([r[name] for r in records if name in r and r["step"] > 0])[0]
 
 
 def early_minus_late(records, name):
@@ -904,27 +933,20 @@ def fall(records, name):
     return in_thirds(records, name)[1] - in_thirds(records, name)[2]
 
 
-def seconds_of_updates(records, name):
-    """Median seconds of the updates of a step, λ_t included."""
-    seconds = [r["perf/update_s"] + r["perf/coefficient_s"] for r in records if "perf/update_s" in r]
-    return statistics.median(seconds) if seconds else math.nan
-
-
 ANY = math.inf
 CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, claimed to lie above, below
-    ("H1", "cosine of g and m of ce, without noise", "detach", whole, "onestep/cos_ce", None, -0.1, 0.1),
+    ("H1", "cosine of g and m of ce, without noise", "detach", whole, "onestep/ce/cos", None, -0.1, 0.1),
     ("H1", "ce: log2 of v², last third over first", "ce", halvings, "occ/v2", None, -1, ANY),
     ("H1", "ce − detach, points", "ce", final, "eval/score", "detach", -ANY, 0),
-    ("H2", "cosine of g and m of policy, without noise", "occ", whole, "onestep/cos_policy", None, 0, ANY),
-    ("H2", "the same, early − late", "occ", early_minus_late, "onestep/cos_policy", None, 0, ANY),
+    ("H2", "cosine of g and m of policy, without noise", "occ", whole, "onestep/policy/cos", None, 0, ANY),
+    ("H2", "the same, early − late", "occ", early_minus_late, "onestep/policy/cos", None, 0, ANY),
     ("H2", "policy: log2 of v², last third over first", "policy", halvings, "occ/v2", None, -1, ANY),
     ("H2", "policy: score, middle third − start", "policy", rise, "eval/score", None, 0, ANY),
     ("H2", "policy: score, middle third − last", "policy", fall, "eval/score", None, 0, ANY),
     ("H3", "occ: λ_t, first third − last", "occ", early_minus_late, "occ/lam", None, 0, ANY),
     ("H4", "occ − detach, points", "occ", final, "eval/score", "detach", 0, ANY),
-    ("H5", "seconds of updates, occ − 1.02 detach", "occ", seconds_of_updates, "", "detach", -ANY, 0),
     *[("H6", f"occ − {label}, points", "occ", final, "eval/score", label, 0, ANY) for label in SWEEP],
-]
+]  # H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.
 
 
 def verdict(mean, half, above, below):
@@ -936,32 +958,35 @@ def verdict(mean, half, above, below):
     return "not" if mean + half <= above or mean - half >= below else "undecided"
 
 
+def differences(runs, label, other, statistic=final, key="eval/score"):
+    """[statistic of a regime's run less that of another's] of the seeds that both have."""
+    ours, theirs = runs.get(label, {}), runs.get(other, {})
+    return [statistic(ours[s], key) - statistic(theirs[s], key) for s in sorted(set(ours) & set(theirs))]
+
+
 def judged_claims(runs):
     """A row of CLAIMS each: claim, quantity, interval over seeds, n, where it should lie, verdict."""
     rows = []
     for claim, quantity, label, statistic, key, other, above, below in CLAIMS:
-        values = {seed: statistic(records, key) for seed, records in runs.get(label, {}).items()}
+        values = [statistic(records, key) for records in runs.get(label, {}).values()]
         if other:
-            factor = 1.02 if claim == "H5" else 1.0
-            others = {seed: statistic(records, key) for seed, records in runs.get(other, {}).items()}
-            values = {seed: values[seed] - factor * others[seed] for seed in values if seed in others}
-        mean, half = over_seeds(values.values())
-        judged = verdict(mean, half, above, below)
+            values = differences(runs, label, other, statistic, key)
+        mean, half = interval(values)
         claimed = f"above {above:g}" if below == ANY else f"below {below:g}"
         claimed = f"{above:g} to {below:g}" if ANY not in (-above, below) else claimed
-        rows.append([claim, quantity, cell((mean, half), 3), len(values), claimed, judged])
+        row = [
+            claim,
+            quantity,
+            cell((mean, half), 3),
+            len(values),
+            claimed,
+            verdict(mean, half, above, below),
+        ]
+        rows.append(row)
     return rows
 
 
-def one_step(out, label):
-    """What `onestep` found at STATES of the runs of a regime: {seed: {step: as measure_step}}."""
-    found = {}
-    for path in sorted(out.glob(f"{label}-s*/onestep-*.json")):
-        seed = path.parent.name.rpartition("-s")[2]
-        step = path.stem.removeprefix("onestep-ckpt").removeprefix("-")
-        step = int(step) if step else read_metrics(path.parent)[1][-1]["step"]
-        found.setdefault(int(seed), {})[step] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+GROWTH = 3.6  # points a unit of ln t, fitted to detach on seeds 100 and 101
 
 
 def predicted_difference(gains, steps):
@@ -977,22 +1002,23 @@ def predicted_difference(gains, steps):
     return GROWTH * float(np.log(lived[round(0.8 * steps) - 1 :]).mean())
 
 
-def predictions(out, runs, steps):
+def predictions(runs, steps):
     """Rows of a table: what one step says of whole runs, beside what they did; H7."""
     rows = []
     for label in ("ce", *SWEEP, "occ"):
-        kind, states = ("ce", "detach") if label == "ce" else ("policy", "occ")
-        at, predicted, measured = LAMS.index(REPRODUCED[label].get("lam", 1.0)), {}, {}
-        for seed, found in one_step(out, states).items():
-            gains = {step: found[step][kind]["adam"][at][0] for step in sorted(found)}
-            if label == "occ":  # its own λ_t, which is 0 in the first of four updates
-                for step in gains:
-                    gains[step] = 0.75 * found[step]["proxies"]["lam_logprob"]["gain"][0]
-            predicted[seed] = predicted_difference(gains, steps)
-        for seed in set(runs.get(label, {})) & set(runs["detach"]):
-            measured[seed] = final(runs[label][seed]) - final(runs["detach"][seed])
-        gaps = [measured[seed] - predicted[seed] for seed in set(measured) & set(predicted)]
-        intervals = [over_seeds(x) for x in (predicted.values(), measured.values(), gaps)]
+        states, kind = ("detach", "ce") if label == "ce" else ("occ", "policy")
+        key, share = f"onestep/{kind}/gain_{REPRODUCED[label].get('lam', 1.0):g}", 1.0
+        if label == "occ":  # its own λ_t, which is 0 in the first of four updates
+            key, share = "onestep/lam_logprob/gain", 0.75
+        predicted = {}
+        for seed, records in runs.get(states, {}).items():
+            gains = {r["step"]: share * r[key] for r in records if key in r}
+            if gains:
+                predicted[seed] = predicted_difference(gains, steps)
+        measured = differences(runs, label, "detach")
+        seeds = sorted(set(runs.get(label, {})) & set(runs["detach"]))
+        gaps = [gap - predicted[seed] for seed, gap in zip(seeds, measured) if seed in predicted]
+        intervals = [interval(x) for x in (predicted.values(), measured, gaps)]
         rows.append([label, len(measured), *map(cell, intervals)])
     return rows
 
@@ -1003,23 +1029,24 @@ def ranks(x):
     return (x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2
 
 
-def judged_proxies(out):
+def judged_proxies(runs):
     """Rows of a table, over the states of occ: λ of each proxy less the best constant λ of the state (bias), rank
     correlation of the two, regret in %."""
-    seeds, rows = list(one_step(out, "occ").values()), []
-    for name in [*PROXIES, *CONSTANTS]:
+    rows = []
+    for name, title in PROXIES.items():
         bias, correlation, regret = [], [], []
-        for states in seeds:
-            best = [found["policy"]["chosen"]["lam"] for found in states.values()]
-            each = [found["proxies"][name] for found in states.values()]
-            lam = [proxy["lam"] for proxy in each]
+        for records in runs.get("occ", {}).values():
+            states = [r for r in records if f"onestep/{name}/lam" in r]
+            if not states:
+                continue
+            lam = [r[f"onestep/{name}/lam"] for r in states]
+            best = [r["onestep/policy/best_lam"] for r in states]
             bias.append(statistics.fmean(np.subtract(lam, best)))
-            regret.append(statistics.fmean(proxy["regret"][0] for proxy in each))
+            regret.append(statistics.fmean(r[f"onestep/{name}/regret"] for r in states))
             constant = len(set(lam)) == 1 or len(set(best)) == 1
             correlation.append(math.nan if constant else float(np.corrcoef(ranks(lam), ranks(best))[0, 1]))
-        title = PROXIES.get(name, f"constant {name}")
-        intervals = [over_seeds(bias), over_seeds(correlation)]
-        rows.append([title, len(bias), *(cell(x, 2) for x in intervals), cell(over_seeds(regret))])
+        intervals = cell(interval(bias), 2), cell(interval(correlation), 2), cell(interval(regret))
+        rows.append([title, len(bias), *intervals])
     return rows
 
 
@@ -1027,167 +1054,85 @@ def judged_proxies(out):
 # Figures and tables of the reproduction
 
 
-def finished_runs(out, steps):
-    """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps."""
-    runs = {}
-    for label in REPRODUCED:
-        measured = one_step(out, label)
-        for path in sorted(out.glob(f"{label}-s*/metrics.jsonl")):
-            records, seed = read_metrics(path.parent)[1], int(path.parent.name.rpartition("-s")[2])
-            if not records or records[-1]["step"] != steps:
-                print(f"left out: {path.parent}: not at step {steps}", file=sys.stderr)
-                continue
-            for record in records:  # what one step was found to be stands beside what was logged there
-                for kind in ("policy", "ce") if record["step"] in measured.get(seed, {}) else ():
-                    found = measured[seed][record["step"]]
-                    record[f"onestep/cos_{kind}"] = cosine(*found[kind]["noise_free"])
-            runs.setdefault(label, {})[seed] = records
-    if not runs:
-        raise ValueError(f"{out}: no finished run to draw")
-    return runs
-
-
 def draw(out, steps):
     """Every figure and every table, from the runs that lie in `out`."""
     runs = finished_runs(out, steps)
     groups = {label: list(seeds.values()) for label, seeds in runs.items()}
     with_mtp = {label: groups[label] for label in ("ce", "policy", "occ", "exact") if label in groups}
-    draw_panels(out / "1-scores.png", [
-        (groups, "Held-out score", "avg@k, points of 100", logged("eval/score"), "linear"),
-        (gaps_to_detach(runs), "Difference to detach, seed by seed", "points of 100", logged("gap"), "linear"),
-    ], points=60)  # fmt: skip
-    draw_panels(out / "2-terms.png", [
-        (with_mtp, "First-order correlation of a minibatch", "c_t", logged("occ/c"), "symlog"),
-        (with_mtp, "Second-order penalty of a minibatch", "v_t²", logged("occ/v2"), "log"),
-        (with_mtp, "Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", logged("occ/cos"), "linear"),
+    gap = Panel("Difference to detach, seed by seed", "points of 100", "y")
+    draw_panels(out / "1-scores.png", [(groups, SCORE), (gaps_to_detach(runs), gap)], points=60)
+    cos = Panel("Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", "occ/cos")
+    draw_panels(out / "2-terms.png", [(with_mtp, C), (with_mtp, V2), (with_mtp, cos)])
+    draw_panels(out / "3-decomposition.png", [(with_mtp, FIRST_ORDER), (with_mtp, SECOND_ORDER)])
+
+    occ_runs, lam, regret = groups.get("occ", []), {}, {}
+    lam["best constant λ"] = one_line(occ_runs, "policy/best_lam")
+    for name, title in PROXIES.items():
+        if name.startswith("lam_"):
+            lam[title] = one_line(occ_runs, f"{name}/lam")
+        regret[title] = one_line(occ_runs, f"{name}/regret")
+    draw_panels(out / "4-proxies.png", [
+        (lam, Panel("occ: λ of each proxy", "mean over minibatches", "y", "symlog")),
+        (regret, Panel("Regret: a step's loss against the best constant λ", "%", "y")),
     ])  # fmt: skip
-    draw_panels(out / "3-decomposition.png", [
-        (with_mtp, "First-order term of a minibatch", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog"),
-        (with_mtp, "Second-order term of a minibatch", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog"),
+
+    cosines, gains, by_size = {}, {}, {}
+    for label in ("detach", "occ"):
+        for kind in ("policy", "ce"):
+            line, records = f"{label}, m of {kind}", groups.get(label, [])
+            cosines[line] = one_line(records, f"{kind}/cos")
+            gains[line] = one_line(records, f"{kind}/gain_1")
+            by_size[line] = []
+            for run in records:
+                sizes = [(size, run[-1].get(f"onestep/{kind}/gain_at_{size}")) for size in SIZES]
+                by_size[line].append([{"step": size, "y": y} for size, y in sizes])
+    draw_panels(out / "5-noise.png", [
+        (cosines, Panel("Cosine of g and m without noise", "cosine", "y")),
+        (gains, Panel("Gain of a step of Adam at λ = 1, over λ = 0", "%", "y")),
+        (by_size, Panel("At the end: λ chosen on other samples", "%", "y", x=RESPONSES)),
     ])  # fmt: skip
-    draw_proxies(out / "4-proxies.png", out)
-    draw_noise(out / "5-noise.png", out)
     write_tables(out, runs, steps)
 
 
+def one_line(runs, key):
+    """Of each run what `onestep` found, as records with the one number y: lines of a panel may have different keys."""
+    key = f"onestep/{key}"
+    return [[{"step": r["step"], "y": r[key]} for r in records if key in r] for records in runs]
+
+
 def gaps_to_detach(runs):
-    """For each label the difference of its scores to detach's: [{"step", "gap"} of each evaluation] of each seed."""
+    """For each label the difference of its scores to detach's: [{"step", "y"} of each evaluation] of each seed."""
     gaps = {}
     for label, seeds in runs.items():
         for seed in sorted(set(seeds) & set(runs.get("detach", {}))) if label != "detach" else ():
             base, gap = {r["step"]: r.get("eval/score") for r in runs["detach"][seed]}, []
             for r in seeds[seed]:
                 if "eval/score" in r and base.get(r["step"]) is not None:
-                    gap.append({"step": r["step"], "gap": r["eval/score"] - base[r["step"]]})
+                    gap.append({"step": r["step"], "y": r["eval/score"] - base[r["step"]]})
             gaps.setdefault(label, []).append(gap)
     return gaps
 
 
-def draw_states(axis, seeds, value, **style):
-    """A line over the states of a regime: value(what `onestep` found), mean and 95 % interval over seeds.
-
-    seeds: [{step: as measure_step} of each seed].
-    """
-    steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
-    intervals = [over_seeds(value(seed[step]) for seed in seeds) for step in steps]
-    draw_bars(axis, steps, intervals, **style)
-
-
-def draw_bars(axis, x, intervals, **style):
-    if x:
-        means, halves = zip(*intervals)
-        axis.errorbar(x, means, halves, marker="o", markersize=3, capsize=2, **style)
-
-
-def draw_proxies(path, out):
-    """At the states of occ: λ of each proxy beside the best constant one, and what following it loses."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(15, 5), layout="constrained")
-    seeds, best = list(one_step(out, "occ").values()), {"color": "black", "label": "best constant λ"}
-    draw_states(axes[0], seeds, lambda found: found["policy"]["chosen"]["lam"], **best)
-    for i, name in enumerate([*PROXIES, *CONSTANTS]):
-        style = {"color": f"C{i}", "label": PROXIES.get(name, f"constant {name}")}
-        if name in PROXIES:
-            draw_states(axes[0], seeds, lambda found, name=name: found["proxies"][name]["lam"], **style)
-        draw_states(axes[1], seeds, lambda found, name=name: found["proxies"][name]["regret"][0], **style)
-    axes[0].set_yscale("symlog", linthresh=0.05)
-    axes[0].set(title="occ: λ of each proxy", xlabel="step", ylabel="mean over minibatches")
-    axes[1].set(title="Regret: a step's loss against the best constant λ", xlabel="step", ylabel="%")
-    finish(figure, axes, path)
-
-
-def draw_noise(path, out):
-    """What one step says at STATES of detach and of occ: a line is the mean over seeds, its bars 95 % intervals."""
-    figure, axes = pyplot().subplots(1, 3, figsize=(15, 5), layout="constrained")
-    for label, line in (("detach", "--"), ("occ", "-")):
-        seeds = list(one_step(out, label).values())
-        for i, kind in enumerate(("policy", "ce")):
-            style = {"linestyle": line, "color": f"C{i}", "label": f"{label}, m of {kind}"}
-            draw_states(axes[0], seeds, lambda found, kind=kind: cosine(*found[kind]["noise_free"]), **style)
-            at = LAMS.index(1.0)
-            draw_states(axes[1], seeds, lambda found, kind=kind: found[kind]["adam"][at][0], **style)
-            ends = [states[max(states)][kind]["sizes"] for states in seeds]
-            gains = [over_seeds(size["gain"][0] for size in each) for each in zip(*ends)]
-            draw_bars(axes[2], SIZES if gains else [], gains, **style)
-    axes[0].set(title="Cosine of g and m without noise", xlabel="step", ylabel="cosine")
-    axes[1].set(title="Gain of a step of Adam at λ = 1, over λ = 0", xlabel="step", ylabel="%")
-    axes[2].set(title="At the end: λ chosen on other samples", xlabel="responses a minibatch", ylabel="%")
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_xticks(SIZES, SIZES)
-    for size, whose in ((64, "here"), (512, "paper")):
-        axes[2].axvline(size, color="gray", linewidth=0.8, linestyle=":")
-        axes[2].text(size, -38, whose, ha="right", rotation=90, fontsize="small")
-    axes[2].set_ylim(-40, 40)  # with few minibatches the intervals of the largest go beyond
-    finish(figure, axes, path)
-
-
-def finish(figure, axes, path):
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.axhline(0, color="gray", linewidth=0.8)
-        axis.legend(fontsize="x-small", handlelength=3.5)
-    save(figure, path)
-
-
 def write_tables(out, runs, steps):
     """Scores, differences to detach, predictions, proxies and claims."""
-    suites = [name for name in next(iter(next(iter(runs.values())).values()))[0] if name.startswith("eval/")]
-    names, scores, differences = [name.removeprefix("eval/") for name in suites], [], []
+    one_run = next(iter(next(iter(runs.values())).values()))
+    suites = [name for name in one_run[0] if name.startswith("eval/")]
+    names, scores, gaps = [name.removeprefix("eval/") for name in suites], [], []
     for label, seeds in runs.items():
-        intervals = [over_seeds(final(records, suite) for records in seeds.values()) for suite in suites]
-        scores.append([label, len(seeds), *map(cell, intervals)])
-        shared = sorted(set(seeds) & set(runs.get("detach", {}))) if label != "detach" else []
-        if shared:
-            gaps = [[final(seeds[i], s) - final(runs["detach"][i], s) for i in shared] for s in suites]
-            differences.append([label, len(shared), *(cell(over_seeds(gap)) for gap in gaps)])
+        row = [cell(interval([final(records, suite) for records in seeds.values()])) for suite in suites]
+        scores.append([label, len(seeds), *row])
+        to_detach = [differences(runs, label, "detach", key=suite) for suite in suites]
+        if label != "detach" and to_detach[0]:
+            gaps.append([label, len(to_detach[0]), *(cell(interval(values)) for values in to_detach)])
     write_table(out / "scores", ["regime", "n", *names], scores)
-    write_table(out / "differences", ["regime − detach", "n", *names], differences)
+    write_table(out / "differences", ["regime − detach", "n", *names], gaps)
     if "detach" in runs:
         head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
-        write_table(out / "predictions", head, predictions(out, runs, steps))
+        write_table(out / "predictions", head, predictions(runs, steps))
     head = ["λ", "n", "bias", "rank correlation", "regret, %"]
-    write_table(out / "proxies", head, judged_proxies(out))
+    write_table(out / "proxies", head, judged_proxies(runs))
     head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
     write_table(out / "claims", head, judged_claims(runs))
-
-
-def cell(interval, digits=1):
-    mean, half = interval
-    if math.isnan(mean):
-        return "–"
-    return f"{mean:.{digits}f} (n = 1)" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def markdown(head, rows):
-    """Lines of a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(x) for x in line) + " |" for line in lines]
-
-
-def write_table(path, head, rows):
-    """As Markdown and as CSV."""
-    Path(f"{path}.md").write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
-    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([head, *rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 import mtp
 import occ
-from model import autocast, gather, generate, share, total, world
+from model import autocast, gather, generate, share, total
 
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
@@ -847,10 +847,4 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     _, delta_frozen = occ.token_deltas(logp, mb["old"], logp_frozen, mb["old_mtp"], mb["mask_mtp"])
     terms["lam_frozen"] = occ.logprob_coefficient(deltas[0], delta_frozen, cfg.lam_plus).item()
     terms["v2_frozen"] = occ.inner(delta_frozen, delta_frozen).item()
-    if world()[1] == 1:  # a mean over pairs, which processes would cut
-        base = mb["old"][:, None].expand_as(mb["old_mtp"])  # the trunk's old log-probs, as in --released
-        _, gap = occ.token_deltas(logp, mb["old"], mb["old_mtp"], base, mb["mask_mtp"])
-        scale = occ.RELEASED_LAM_PLUS / mb["mask_mtp"].size(1)
-        lam_B = occ.released_coefficient(deltas[0], deltas[1] + gap, mb["mask_mtp"].any(1), scale)
-        terms["lam_released"] = lam_B.mean().item()
     return {f"occ/{name}": value for name, value in terms.items()}, g, m

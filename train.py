@@ -299,7 +299,8 @@ def pretrained(cfg, device, stop=()):
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     model, heads = evaluation.build(cfg, device)
     try:
-        evaluation.load_weights(torch.load(path, map_location=device, weights_only=True), model, heads)
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+        evaluation.load_weights(ckpt, model=model, heads=heads)
         cached = 1
     except Exception:  # not there or damaged: made (again)
         cached = 0
@@ -380,7 +381,7 @@ class Run:
                     f.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
 
     def save(self, cfg, step, scores, model, heads, optimizer):
-        state = {"version": evaluation.VERSION, "step": step, "steps": cfg.steps, "seconds": self.seconds()}
+        state = {"step": step, "steps": cfg.steps, "seconds": self.seconds()}
         state |= {"scores": scores, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state["heads"] = heads.state_dict() if heads else None
         if self.metrics:
@@ -548,7 +549,7 @@ def main(cfg, resume=False, stop=()):
     ckpt = evaluation.read_run(cfg.out)[1] if resume else None
     if resume:
         if ckpt:
-            evaluation.load_weights(ckpt, model, heads, optimizer)
+            evaluation.load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
         run.go_on(ckpt)
     else:
         run.write(header(cfg, device))
@@ -556,9 +557,9 @@ def main(cfg, resume=False, stop=()):
     base = pretrained(cfg, device, stop) if ckpt is None or kl else None
     if kl:
         reference = copy.deepcopy(model).requires_grad_(False)
-        evaluation.load_weights(base, reference)
+        evaluation.load_weights(base, model=reference)
     if ckpt is None:
-        evaluation.load_weights(base, model, heads)
+        evaluation.load_weights(base, model=model, heads=heads)
         record = rl.evaluate(model, tok, cfg)
         start, scores = 0, [record["eval/score"]]
         run.write({"step": 0, "time": run.seconds()} | record)

@@ -138,7 +138,8 @@ def regimes(repeats):
 def speculative(repeats):
     """Both clocks of speculative sampling with the pretrained default base, as lines."""
     learner, lines = Learner(), []
-    evaluation.load_weights(train.pretrained(learner.cfg, learner.device), learner.model, learner.heads)
+    base = train.pretrained(learner.cfg, learner.device)
+    evaluation.load_weights(base, model=learner.model, heads=learner.heads)
     for P, G in ((32, 8), (4, 1)):
         problems = itertools.islice(rl.training_problems(learner.cfg, 0), P)
         prompts = [learner.tok.encode_ordinary(problem.prompt) for problem in problems]

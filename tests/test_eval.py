@@ -27,10 +27,14 @@ def test_pass_at_k_by_enumeration():
 
 def test_intervals():
     mean, half = evaluation.interval([0.0, 100.0, 100.0, 0.0])
-    assert (mean, half) == (50.0, pytest.approx(1.96 * math.sqrt(4 * 2500 / 3) / 2))
-    mean, half = evaluation.over_seeds([1.0, 2.0, 3.0, math.nan])
+    assert (mean, half) == (50.0, pytest.approx(3.18 * math.sqrt(4 * 2500 / 3) / 2))
+    mean, half = evaluation.interval([1.0, 2.0, 3.0, math.nan])
     assert (mean, half) == (2.0, pytest.approx(4.30 / math.sqrt(3)))  # Student's t
-    assert math.isnan(evaluation.over_seeds([1.0])[1])
+    _, half = evaluation.interval([0.0, 1.0] * 50)
+    assert half == pytest.approx(1.984 * math.sqrt(25 / 99) / 10, rel=1e-3)
+    assert evaluation.interval([1.0])[0] == 1.0 and math.isnan(evaluation.interval([1.0])[1])
+    assert math.isnan(evaluation.interval([])[0])
+    assert evaluation.mean_of([(1.0, 3.0), (3.0, 4.0)]) == (2.0, 2.5)
 
 
 def test_score_sample_and_plot_of_a_run(small, capsys, monkeypatch, tmp_path):
@@ -97,7 +101,6 @@ def test_products_across_rollouts_are_without_noise():
     error = torch.tensor(free).std().item() / math.sqrt(200)
     assert abs(sum(free) / 200 - (G @ M).item()) < 4 * error
     assert sum(seen) / 200 - (G @ M).item() == pytest.approx(40, rel=0.1)  # what a minibatch sees
-    assert evaluation.cosine(4.0, 1.0, 1.0) == 0.5
 
 
 def test_verdicts():
