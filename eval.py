@@ -118,8 +118,11 @@ def load_weights(ckpt, **parts):
         raise ValueError("ckpt.pt: its weights do not fit the sizes in the run's config") from None
 
 
-def load_run(folder, device, name="ckpt.pt"):
-    """Config and (trunk, heads, optimizer) of a run's checkpoint; heads is None in regime off."""
+def load_run(folder, device, name="ckpt.pt", with_heads=False):
+    """Config and (trunk, heads, optimizer) of a run's checkpoint; heads is None in regime off.
+
+    with_heads: such a run raises ValueError.
+    """
     values, ckpt = read_run(folder, name)
     if ckpt is None:
         raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
@@ -129,6 +132,8 @@ def load_run(folder, device, name="ckpt.pt"):
         lr = cfg.lr
     except AttributeError as error:
         raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
+    if with_heads and not ckpt["heads"]:
+        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
     heads = heads if ckpt["heads"] else None
     optimizer = torch.optim.Adam([*model.parameters(), *(heads.parameters() if heads else [])], lr)
     load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
@@ -443,14 +448,6 @@ def plot(folders, path):
 # After a few updates of one rollout: where λ_t comes from
 
 
-def load_to_measure(folder, device, name="ckpt.pt"):
-    """As load_run, of a run that has heads."""
-    cfg, state = load_run(folder, device, name)
-    if state[1] is None:
-        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
-    return cfg, state
-
-
 def last_update(cfg, model, heads, optimizer, seed):
     """A rollout from a run's state and its updates but the last, with λ = 0, as in train.step_of_rl.
 
@@ -492,7 +489,7 @@ def explain(args):
 
     Returns lines, and writes a picture: δ_RL·δ_MTP and δ_MTP² as colours under the text of a few responses.
     """
-    cfg, state = load_to_measure(args.run, find_device(args.device))
+    cfg, state = load_run(args.run, find_device(args.device), with_heads=True)
     if cfg.updates_per_rollout == 1:
         raise ValueError(f"{args.run}: with one update a rollout every δ is 0, and so is lambda")
     last = last_update(cfg, *state, 10**9 + args.seed)
@@ -510,7 +507,7 @@ def explain(args):
     largest = product.flatten().abs().topk(min(10, product.numel())).indices
     share = 100 * product.flatten()[largest].sum().item() / c_hat if c_hat else 0.0
     path = Path(args.out or Path(args.run) / "explain.png")
-    draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, square, args.responses)
+    draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, square)
     return [
         f"The last update of one rollout: {int(mb['mask_mtp'].any(1).sum())} tokens.",
         f"ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}",
@@ -522,7 +519,7 @@ def explain(args):
     ]
 
 
-def draw_tokens(path, tok, mb, product, square, responses):
+def draw_tokens(path, tok, mb, product, square, responses=8):
     """Colours under the text of a few different responses: those with the largest |δ_RL·δ_MTP|."""
     rows, seen = [], set()
     for row in product.abs().sum(1).argsort(descending=True).tolist():
@@ -600,14 +597,6 @@ def onestep(args):
         rows.append(row)
     lines += [*markdown(["responses", "policy: λ", "policy: gain", "ce: λ", "ce: gain"], rows), ""]
 
-    lines.append("Along g_i + λ_i m_i, λ_i of each minibatch by a proxy: mean of λ_i, gain over λ = 0, and regret, what is "
-                 "lost against the best constant λ by the other half; in %.")  # fmt: skip
-    rows = []
-    for name, title in PROXIES.items():
-        gain, regret = found[f"{name}/gain"], found[f"{name}/regret"]
-        rows.append([title, f"{found[f'{name}/lam']:.3f}", cell(gain), cell(regret)])
-    lines += [*markdown(["λ", "mean", "gain", "regret"], rows), ""]
-
     for kind in ("policy", "ce"):
         cos, noise_g, noise_m = (found[f"{kind}/{key}"] for key in ("cos", "noise_g", "noise_m"))
         lines.append(f"m of {kind}: cosine of E g and E m {cos:.2f}; of a minibatch's ‖g‖² {noise_g:.0f} % and ‖m‖² "
@@ -623,7 +612,7 @@ def onestep(args):
 
 def measure_step(folder, name, rollouts, device):
     """What `onestep` says of a checkpoint, as a flat dict of numbers and of (mean, half-width)."""
-    cfg, state = load_to_measure(folder, device, f"{name}.pt")
+    cfg, state = load_run(folder, device, f"{name}.pt", with_heads=True)
     # Two minibatches a rollout: the first updates the weights, the second is measured.
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
     cfg.updates_per_rollout = 2
@@ -896,57 +885,41 @@ def finished_runs(out, steps):
 # Claims and predictions
 
 
-def in_thirds(records, name):
-    """Means of a logged number over the first, the second and the last third of training."""
-    end, parts = records[-1]["step"], ([], [], [])
-    for r in records:
-        if name in r and r["step"] > 0:
-            parts[min(3 * (r["step"] - 1) // end, 2)].append(r[name])
-    return [statistics.fmean(part) if part else math.nan for part in parts]
-
-
-def final(records, name="eval/score"):
+def final(records, key="eval/score"):
     """Mean of an evaluation over the last fifth of training."""
-    return statistics.fmean(r[name] for r in records if name in r and r["step"] >= 0.8 * records[-1]["step"])
+    return statistics.fmean(r[key] for r in records if key in r and r["step"] >= 0.8 * records[-1]["step"])
 
 
-def whole(records, name):
-    """Mean of a logged number after step 0, nan left out."""
-    return interval([r[name] for r in records if name in r and r["step"] > 0])[0]
-
-
-def early_minus_late(records, name):
-    return in_thirds(records, name)[0] - in_thirds(records, name)[2]
-
-
-def halvings(records, name):
-    """log2 of the last third over the first."""
-    early, _, late = in_thirds(records, name)
-    return math.log2(max(late, 1e-30) / max(early, 1e-30))
-
-
-def rise(records, name):
-    return in_thirds(records, name)[1] - records[0][name]
-
-
-def fall(records, name):
-    return in_thirds(records, name)[1] - in_thirds(records, name)[2]
+def statistic(records, name, key):
+    """One number of a run: what CLAIMS says of the logged `key`, nan where it was not logged."""
+    steps, thirds = records[-1]["step"], ([], [], [])
+    for r in records:
+        if key in r and r["step"] > 0 and not math.isnan(r[key]):
+            thirds[min(3 * (r["step"] - 1) // steps, 2)].append(r[key])
+    early, middle, late = [statistics.fmean(third) if third else math.nan for third in thirds]
+    if name == "mean":
+        return interval(sum(thirds, []))[0]
+    if name == "log2 of late over early":
+        return math.log2(max(late, 1e-30) / max(early, 1e-30))
+    if name == "middle - start":
+        return middle - records[0][key]
+    return {"early - late": early - late, "middle - late": middle - late}[name]
 
 
 ANY = math.inf
 CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, claimed to lie above, below
-    ("H1", "cosine of g and m of ce, without noise", "detach", whole, "onestep/ce/cos", None, -0.1, 0.1),
-    ("H1", "ce: log2 of v², last third over first", "ce", halvings, "occ/v2", None, -1, ANY),
-    ("H1", "ce − detach, points", "ce", final, "eval/score", "detach", -ANY, 0),
-    ("H2", "cosine of g and m of policy, without noise", "occ", whole, "onestep/policy/cos", None, 0, ANY),
-    ("H2", "the same, early − late", "occ", early_minus_late, "onestep/policy/cos", None, 0, ANY),
-    ("H2", "policy: log2 of v², last third over first", "policy", halvings, "occ/v2", None, -1, ANY),
-    ("H2", "policy: score, middle third − start", "policy", rise, "eval/score", None, 0, ANY),
-    ("H2", "policy: score, middle third − last", "policy", fall, "eval/score", None, 0, ANY),
-    ("H3", "occ: λ_t, first third − last", "occ", early_minus_late, "occ/lam", None, 0, ANY),
-    ("H4", "occ − detach, points", "occ", final, "eval/score", "detach", 0, ANY),
-    *[("H6", f"occ − {label}, points", "occ", final, "eval/score", label, 0, ANY) for label in SWEEP],
-]  # H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.
+    ("H1", "cosine of g and m of ce, without noise", "detach", "mean", "onestep/ce/cos", None, -0.1, 0.1),
+    ("H1", "ce: log2 of v², last third over first", "ce", "log2 of late over early", "occ/v2", None, -1, ANY),
+    ("H1", "ce − detach, points", "ce", "final", "eval/score", "detach", -ANY, 0),
+    ("H2", "cosine of g and m of policy, without noise", "occ", "mean", "onestep/policy/cos", None, 0, ANY),
+    ("H2", "the same, early − late", "occ", "early - late", "onestep/policy/cos", None, 0, ANY),
+    ("H2", "policy: log2 of v², last third over first", "policy", "log2 of late over early", "occ/v2", None, -1, ANY),
+    ("H2", "policy: score, middle third − start", "policy", "middle - start", "eval/score", None, 0, ANY),
+    ("H2", "policy: score, middle third − last", "policy", "middle - late", "eval/score", None, 0, ANY),
+    ("H3", "occ: λ_t, first third − last", "occ", "early - late", "occ/lam", None, 0, ANY),
+    ("H4", "occ − detach, points", "occ", "final", "eval/score", "detach", 0, ANY),
+    *[("H6", f"occ − {label}, points", "occ", "final", "eval/score", label, 0, ANY) for label in SWEEP],
+]  # H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.  # fmt: skip
 
 
 def verdict(mean, half, above, below):
@@ -958,31 +931,25 @@ def verdict(mean, half, above, below):
     return "not" if mean + half <= above or mean - half >= below else "undecided"
 
 
-def differences(runs, label, other, statistic=final, key="eval/score"):
-    """[statistic of a regime's run less that of another's] of the seeds that both have."""
+def differences(runs, label, other, key="eval/score"):
+    """[last fifth of a regime's run less that of another's] of the seeds that both have."""
     ours, theirs = runs.get(label, {}), runs.get(other, {})
-    return [statistic(ours[s], key) - statistic(theirs[s], key) for s in sorted(set(ours) & set(theirs))]
+    return [final(ours[s], key) - final(theirs[s], key) for s in sorted(set(ours) & set(theirs))]
 
 
 def judged_claims(runs):
     """A row of CLAIMS each: claim, quantity, interval over seeds, n, where it should lie, verdict."""
     rows = []
-    for claim, quantity, label, statistic, key, other, above, below in CLAIMS:
-        values = [statistic(records, key) for records in runs.get(label, {}).values()]
+    for claim, quantity, label, name, key, other, above, below in CLAIMS:
         if other:
-            values = differences(runs, label, other, statistic, key)
+            values = differences(runs, label, other, key)
+        else:
+            values = [statistic(records, name, key) for records in runs.get(label, {}).values()]
         mean, half = interval(values)
         claimed = f"above {above:g}" if below == ANY else f"below {below:g}"
         claimed = f"{above:g} to {below:g}" if ANY not in (-above, below) else claimed
-        row = [
-            claim,
-            quantity,
-            cell((mean, half), 3),
-            len(values),
-            claimed,
-            verdict(mean, half, above, below),
-        ]
-        rows.append(row)
+        n = sum(not math.isnan(value) for value in values)
+        rows.append([claim, quantity, cell((mean, half), 3), n, claimed, verdict(mean, half, above, below)])
     return rows
 
 
@@ -1198,14 +1165,13 @@ def parse(argv):
                 command.add_argument(f"--{flag}", default=default, help=text + shown, **kind)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = 1 if name in ("jobs", "k", "responses", "rollouts") else 0
+        least = 1 if name in ("jobs", "k", "rollouts") else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
     for label in args.regimes.split(",") if args.command == "reproduce" else ():
         if label not in REPRODUCED:
-            raise ValueError(
-                f"--regimes {args.regimes}: unknown {label!r}; allowed: some of {','.join(REPRODUCED)}"
-            )
+            allowed = f"some of {','.join(REPRODUCED)}"
+            raise ValueError(f"--regimes {args.regimes}: unknown {label!r}; allowed: {allowed}")
     return args
 
 
@@ -1223,7 +1189,6 @@ FLAGS = {  # default, help, and the commands that have it
     "device": ("cpu", "cpu, or any device that torch knows", "score sample explain onestep"),
     "rollouts": (48, "of one minibatch each", "onestep"),
     "checkpoint": ("ckpt", "file in the run's folder, as ckpt-60 (train.py --keep 60)", "onestep"),
-    "responses": (8, "in the picture", "explain"),
     "seeds": (0, "how many: 0 to this - 1; 0: 5, or 2 with --fast", "reproduce"),
     "steps": (0, "length of a run; 0: as train.py", "reproduce"),
     "regimes": (DEFAULTS, f"some of {','.join(REPRODUCED)}", "reproduce"),

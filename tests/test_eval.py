@@ -124,7 +124,11 @@ def test_claims_are_paired_by_seed():
 
 def test_thirds_and_ends():
     records = [{"step": s, "x": float(s)} for s in range(1, 10)]
-    assert evaluation.in_thirds(records, "x") == [2.0, 5.0, 8.0]
+    expected = {"mean": 5.0, "early - late": -6.0, "middle - late": -3.0, "log2 of late over early": 2.0}
+    for name, value in expected.items():
+        assert evaluation.statistic(records, name, "x") == value
+    assert evaluation.statistic([{"step": 0, "x": 1.0}, *records], "middle - start", "x") == 4.0
+    assert math.isnan(evaluation.statistic(records, "early - late", "never logged"))
     assert evaluation.final(records, "x") == 8.5  # steps 8 and 9 are at least 0.8 · 9
 
 
