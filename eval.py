@@ -316,6 +316,7 @@ class Panel(NamedTuple):
     label: str  # of the axis
     value: str | Callable  # a key of a record, or a function of it
     scale: str = "linear"
+    limits: tuple = (None, None)  # of the axis
     x: str = "step"
 
 
@@ -422,11 +423,11 @@ def draw_panels(path, panels, rows=1, points=12):
     figure, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained")
     for i, (axis, (groups, panel)) in enumerate(zip(axes.flat, panels)):
         draw_panel(axis, groups, panel, points)
-        if panel.x == RESPONSES:
+        axis.set_ylim(*panel.limits)
+        if panel.x != "step":  # sizes of a minibatch
             axis.set_xscale("log", base=2)
-            axis.set_ylim(-40, 40)  # with few minibatches the intervals of the largest go beyond
-            for responses in (64, 512):
-                axis.axvline(responses, color="gray", linewidth=0.8, linestyle=":")
+            for size in MARKED:
+                axis.axvline(size, color="gray", linestyle=":")
         if groups and (i == 0 or list(groups) != list(panels[i - 1][0])):  # other lines than the panel before
             axis.legend(fontsize="small")
     save(figure, path)
@@ -555,8 +556,8 @@ def draw_tokens(path, tok, mb, product, square, responses=8):
 # One step: what would MTP add to it?
 
 LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch; by default training has 64, the paper 512
-RESPONSES = "responses a minibatch"
+SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch
+MARKED = (64, 512)  # what training has by default, and what the paper has
 ADAM_EPS = 1e-8
 PARTS = 12  # which the jackknife leaves out, one at a time
 HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the minibatches
@@ -587,7 +588,7 @@ def onestep(args):
     rows = [(lam, *(cell(found[f"{kind}/gain_{lam:g}"]) for kind in ("policy", "ce"))) for lam in LAMS]
     lines += [*markdown(["λ", "m of policy", "m of ce"], rows), ""]
 
-    lines.append(f"By {RESPONSES}, without the clip: the best λ by each half of the minibatches, and what it gains in the "
+    lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it gains in the "
                  "other, in % (means of the two).")  # fmt: skip
     rows = []
     for size in SIZES:
@@ -1038,9 +1039,10 @@ def draw(out, steps):
         if name.startswith("lam_"):
             lam[title] = one_line(occ_runs, f"{name}/lam")
         regret[title] = one_line(occ_runs, f"{name}/regret")
+    # Where few minibatches say little, intervals go beyond the limits.
     draw_panels(out / "4-proxies.png", [
         (lam, Panel("occ: λ of each proxy", "mean over minibatches", "y", "symlog")),
-        (regret, Panel("Regret: a step's loss against the best constant λ", "%", "y")),
+        (regret, Panel("occ: a step's loss against the best constant λ", "regret, %", "y", limits=(-10, 25))),
     ])  # fmt: skip
 
     cosines, gains, by_size = {}, {}, {}
@@ -1051,12 +1053,15 @@ def draw(out, steps):
             gains[line] = one_line(records, f"{kind}/gain_1")
             by_size[line] = []
             for run in records:
-                sizes = [(size, run[-1].get(f"onestep/{kind}/gain_at_{size}")) for size in SIZES]
-                by_size[line].append([{"step": size, "y": y} for size, y in sizes])
+                at_end = [
+                    {"step": size, "y": run[-1].get(f"onestep/{kind}/gain_at_{size}")} for size in SIZES
+                ]
+                by_size[line].append(at_end)
+    sizes = f"responses a minibatch ({MARKED[0]} here, {MARKED[1]} in the paper)"
     draw_panels(out / "5-noise.png", [
         (cosines, Panel("Cosine of g and m without noise", "cosine", "y")),
         (gains, Panel("Gain of a step of Adam at λ = 1, over λ = 0", "%", "y")),
-        (by_size, Panel("At the end: λ chosen on other samples", "%", "y", x=RESPONSES)),
+        (by_size, Panel("At the end: λ chosen on other samples", "%", "y", limits=(-40, 40), x=sizes)),
     ])  # fmt: skip
     write_tables(out, runs, steps)
 

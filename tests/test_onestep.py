@@ -146,10 +146,17 @@ def test_ranks_share_ties():
     assert evaluation.ranks([3.0, 1.0, 3.0]).tolist() == [2.0, 0.5, 2.0]
 
 
-def test_onestep_of_a_run(small, capsys):
+def test_onestep_of_a_run(small, capsys, monkeypatch):
     cfg = small(regime="occ", keep="2", prompts_per_step=8)
     train.main(cfg)
     capsys.readouterr()
+    last_update, moments = evaluation.last_update, []
+
+    def watched(cfg, model, heads, optimizer, seed):
+        moments.append(sum(state["exp_avg"].norm().item() for state in optimizer.state.values()))
+        return last_update(cfg, model, heads, optimizer, seed)
+
+    monkeypatch.setattr(evaluation, "last_update", watched)
     weights = (evaluation.Path(cfg.out) / "ckpt.pt").read_bytes()
     arguments = ["onestep", cfg.out, "--rollouts", "12", "--checkpoint", "ckpt-2"]
     assert evaluation.main(evaluation.parse(arguments)) == 0
@@ -158,6 +165,8 @@ def test_onestep_of_a_run(small, capsys):
     assert said.count("Would MTP help this run") == 2 and "Lη of Adam's steps on fresh samples" in said
     found = json.loads((evaluation.Path(cfg.out) / "onestep-ckpt-2.json").read_text(encoding="utf-8"))
     assert found["responses"] == 16 and 8 <= found["minibatches"] <= 12
+    # Optimizer.load_state_dict keeps the tensors that it is given: loaded again and again, moments would drift.
+    assert len(moments) == 12 and moments[0] > 0 and len(set(moments)) == 1
     assert found["0/gain"] == [0.0, 0.0]
     lams = {found[f"{proxy}/lam"] for proxy in evaluation.PROXIES}
     assert len(lams) == len(evaluation.PROXIES)  # after a real update no δ is 0
