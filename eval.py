@@ -148,7 +148,7 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def interval(values):
-    """Mean of numbers and half-width of its 95 % interval, nan where it cannot be had. nan is left out of the numbers."""
+    """Mean of numbers, without those that are nan, and half-width of its 95 % interval; nan where it cannot be had."""
     x = [value for value in values if not math.isnan(value)]
     if not x:
         return math.nan, math.nan
@@ -583,13 +583,13 @@ def onestep(args):
     found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
-    lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain of "
-             "one step over that with λ = 0, in %; ± 95 % by the jackknife.", ""]  # fmt: skip
+    lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain "
+             "of one step over that with λ = 0, in %; ± 95 % by the jackknife.", ""]  # fmt: skip
     rows = [(lam, *(cell(found[f"{kind}/gain_{lam:g}"]) for kind in ("policy", "ce"))) for lam in LAMS]
     lines += [*markdown(["λ", "m of policy", "m of ce"], rows), ""]
 
-    lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it gains in the "
-                 "other, in % (means of the two).")  # fmt: skip
+    lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it "
+                 "gains in the other, in % (means of the two).")  # fmt: skip
     rows = []
     for size in SIZES:
         row = [size]
@@ -619,7 +619,9 @@ def measure_step(folder, name, rollouts, device):
     cfg.updates_per_rollout = 2
     gradients, numbers = [], []
     for i in tqdm(range(rollouts), f"{folder} {name}", disable=None):
-        moved = copy.deepcopy(state)
+        moved = copy.deepcopy(
+            state
+        )  # loading the checkpoint again would not do: Adam's moments share its memory
         last = last_update(cfg, *moved, 10**9 + i)
         if last is not None:  # else too few prompts had both right and wrong samples
             of_minibatch = measure_minibatch(cfg, state[0], moved, *last)
