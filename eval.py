@@ -798,7 +798,7 @@ def reproduce(args):
     out, start = Path(args.out or "out/reproduce"), time.perf_counter()
     steps, rollouts = args.steps or (10 if args.fast else 250), 16 if args.fast else 48
     common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
-    seeds, plan = range(args.seeds or (2 if args.fast else 5)), []
+    seeds, plan = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.fast else 5))), []
     for label in args.regimes.split(","):
         for seed in seeds:
             plan.append(common | REPRODUCED[label] | dict(seed=seed, out=f"{out}/{label}-s{seed}"))
@@ -1196,7 +1196,8 @@ FLAGS = {  # default, help, and the commands that have it
     "device": ("cpu", "cpu, or any device that torch knows", "score sample explain onestep"),
     "rollouts": (48, "of one minibatch each", "onestep"),
     "checkpoint": ("ckpt", "file in the run's folder, as ckpt-60 (train.py --keep 60)", "onestep"),
-    "seeds": (0, "how many: 0 to this - 1; 0: 5, or 2 with --fast", "reproduce"),
+    "seeds": (0, "how many; 0: 5, or 2 with --fast", "reproduce"),
+    "first_seed": (0, "the first of them", "reproduce"),
     "steps": (0, "length of a run; 0: as train.py", "reproduce"),
     "regimes": (DEFAULTS, f"some of {','.join(REPRODUCED)}", "reproduce"),
     "jobs": (os.cpu_count() or 1, "runs at a time", "reproduce"),

@@ -135,7 +135,7 @@ def test_thirds_and_ends():
 def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, monkeypatch):
     """Two regimes, real processes; a run that broke down is named, the other is drawn."""
     out = tmp_path / "out"
-    arguments = f"reproduce --fast --seeds 1 --steps 4 --regimes detach,occ --out {out}".split()
+    arguments = f"reproduce --fast --first_seed 3 --seeds 1 --steps 4 --regimes detach,occ --out {out}".split()
     assert run_command(*arguments) == 0
     said = capsys.readouterr().out
     assert said.startswith("2 of 2 runs in ") and said.endswith(f"figures and tables are in {out}\n")
@@ -144,12 +144,12 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     rows = list(csv.DictReader((out / "scores.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["regime"] for row in rows] == ["detach", "occ"] and rows[0]["n"] == "1"
     assert "| H4 | occ − detach, points |" in (out / "claims.md").read_text(encoding="utf-8")
-    starts = [evaluation.read_metrics(out / f"{label}-s0")[1][0]["eval/score"] for label in ("detach", "occ")]
+    starts = [evaluation.read_metrics(out / f"{label}-s3")[1][0]["eval/score"] for label in ("detach", "occ")]
     assert starts[0] == starts[1] and len(list((out / "base").glob("*.pt"))) == 1  # one base for both
 
-    (out / "occ-s0" / "ckpt.pt").write_bytes(b"damaged")
+    (out / "occ-s3" / "ckpt.pt").write_bytes(b"damaged")
     monkeypatch.setattr(evaluation.subprocess, "run", None)  # nothing is trained again
     assert run_command(*arguments) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith("1 of 2 runs in ")
-    assert "occ-s0/ckpt.pt: not a readable checkpoint" in captured.err
+    assert "occ-s3/ckpt.pt: not a readable checkpoint" in captured.err
