@@ -81,7 +81,7 @@ class Block(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, ·, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.attn_out(y.transpose(1, 2).reshape(B, S, C))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.norm_mlp(x))))
+        return x + self.mlp_out(self.mlp_in(self.norm_mlp(x)).relu_())
 
 
 class GPT(nn.Module):
@@ -224,20 +224,21 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     logp_BT = torch.zeros(tokens_BT.shape, device=device)
     u_BR = (torch.rand(B, R) if u_BR is None else u_BR).to(device)
+    alive_B = torch.ones_like(row_B, dtype=torch.bool)
     for i in range(R):
         logp_BV = tempered(model.logits(h_BC), temperature)
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
-        tokens_BT[row_B, pos_B] = token_B
-        mask_BT[row_B, pos_B] = True
-        logp_BT[row_B, pos_B] = at_token(logp_BV, token_B)
-        alive_B = token_B != eos
+        tokens_BT[row_B, pos_B] = token_B * alive_B  # nothing behind the end
+        mask_BT[row_B, pos_B] = alive_B
+        logp_BT[row_B, pos_B] = at_token(logp_BV, token_B) * alive_B
+        alive_B = alive_B & (token_B != eos)
         if i == R - 1 or not alive_B.any():
             break
-        if not alive_B.all():  # rows that have ended leave the batch
+        if alive_B.float().mean() < 0.8:  # rows that have ended leave the batch, several at a time: caches are copied
             keep = alive_B.nonzero().squeeze(1)
             for cache in caches:
                 cache.select(keep)
-            token_B, row_B, pos_B = token_B[keep], row_B[keep], pos_B[keep]
+            token_B, row_B, pos_B, alive_B = token_B[keep], row_B[keep], pos_B[keep], alive_B[keep]
         h_BC = model.hidden(token_B[:, None], caches, pos_B[:, None], end=longest + i + 1)[:, 0]
         pos_B = pos_B + 1
     end = int(mask_BT.any(0).nonzero().max()) + 1
