@@ -9,13 +9,14 @@
 
 avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
 is right, estimated without bias from n samples of which c are right (Chen et al. 2021, arXiv 2107.03374). The model is
-rebuilt from the run's own config. Plots read metrics.jsonl and nothing else; runs that differ in nothing but the seed
-are one line, with a 95 % band over seeds. All intervals are Student's t.
+rebuilt from the run's own config. Plots read metrics.jsonl and nothing else; runs that differ only in the seed, and in
+what is no part of the experiment (NOT_THE_EXPERIMENT), are one line, with a 95 % band over seeds. All intervals are
+Student's t.
 
 What train.py needs too is here: reading a run, curves, and the command line's manners (a mistake is one line on stderr,
 exit code 2).
 
-Dimension key: P problems or parameters · N minibatches · J parts that the jackknife leaves out
+Dimension key: P parameters · N minibatches · S sizes of a minibatch · B sequences · T positions
 """
 
 import os
@@ -28,6 +29,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -119,9 +121,9 @@ def load_weights(ckpt, **parts):
 
 
 def load_run(folder, device, name="ckpt.pt", with_heads=False):
-    """Config and (trunk, heads, optimizer) of a run's checkpoint; heads is None in regime off.
+    """Config and (trunk, heads, optimizer) of a run's checkpoint.
 
-    with_heads: such a run raises ValueError.
+    In regime off heads is None, or with_heads raises ValueError.
     """
     values, ckpt = read_run(folder, name)
     if ckpt is None:
@@ -129,13 +131,12 @@ def load_run(folder, device, name="ckpt.pt", with_heads=False):
     cfg = SimpleNamespace(**values)
     try:
         model, heads = build(cfg, device)
-        lr = cfg.lr
+        heads = heads if ckpt["heads"] else None
+        optimizer = torch.optim.Adam([*model.parameters(), *(heads.parameters() if heads else [])], cfg.lr)
     except AttributeError as error:
         raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
-    if with_heads and not ckpt["heads"]:
+    if with_heads and not heads:
         raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
-    heads = heads if ckpt["heads"] else None
-    optimizer = torch.optim.Adam([*model.parameters(), *(heads.parameters() if heads else [])], lr)
     load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
     return cfg, (model, heads, optimizer)
 
@@ -143,8 +144,11 @@ def load_run(folder, device, name="ckpt.pt", with_heads=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # Intervals and tables
 
-# Student's t at 97.5 %, 1 to 10 degrees of freedom
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+def student_t(freedom):
+    """At 97.5 %; from 12 degrees of freedom on by a formula that is right to 0.01."""
+    table = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom
 
 
 def interval(values):
@@ -152,11 +156,9 @@ def interval(values):
     x = [value for value in values if not math.isnan(value)]
     if not x:
         return math.nan, math.nan
-    freedom = len(x) - 1
-    if freedom == 0:
+    if len(x) == 1:
         return x[0], math.nan
-    t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.5 / freedom
-    return statistics.fmean(x), t * statistics.stdev(x) / len(x) ** 0.5
+    return statistics.fmean(x), student_t(len(x) - 1) * statistics.stdev(x) / len(x) ** 0.5
 
 
 def mean_of(intervals):
@@ -197,7 +199,7 @@ def pass_at_k(n, c, k):
 def equal_by_algebra(gold, candidate):
     """What math-verify (an optional package) says of two formulas, where `rl.answers_equal` says no.
 
-    It computes with what it reads: long numbers, factorials and powers of powers are not shown to it.
+    It evaluates what it reads, which could take forever: long numbers, factorials and powers of powers are not given to it.
     """
     if candidate is None or len(candidate) > 200 or re.search(r"\d{5}|__|!|\*\*|\^.*\^", candidate):
         return False
@@ -228,10 +230,10 @@ def samples_of(cfg, model, heads, problems, args, max_new_tokens):
 
 
 def score(args):
-    """The table of a run, as lines of Markdown: a row a suite and one for all, in points of 100.
+    """The scores of a run as a table in Markdown: a row a suite and one for all, in points of 100.
 
-    The suites are the held-out problems of what the run was trained on, or those of --suite, which may share none with
-    what the run has seen.
+    The suites are the held-out problems of what the run was trained on, or those of --suite; a data set that shares
+    problems with the training data is refused.
     """
     cfg, (model, heads, _) = load_run(args.run, find_device(args.device))
     suites = trained = rl.suites_of(cfg.task, cfg.data_dir)
@@ -277,9 +279,10 @@ def score(args):
 
 
 def sample(args):
-    """Completions to read, as lines: of a prompt, or of held-out problems with their reward."""
+    """Completions to read: of a prompt, or of held-out problems with their reward."""
     cfg, (model, heads, _) = load_run(args.run, find_device(args.device))
-    tok, suites, problems = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir), []
+    tok, suites = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir)
+    problems = []
     for suite in suites:
         problems += rl.held_out_problems(suite, cfg.difficulty, args.problems or 2)
     if args.prompt:
@@ -313,7 +316,7 @@ def marked(tok, tokens_T, mask_T, draft_T):
 
 class Panel(NamedTuple):
     title: str
-    label: str  # of the axis
+    ylabel: str
     value: str | Callable  # a key of a record, or a function of it
     scale: str = "linear"
     limits: tuple = (None, None)  # of the axis
@@ -332,15 +335,15 @@ def second_order(record):
 
 FIRST_ORDER = Panel("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog")
 SECOND_ORDER = Panel("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog")
-C = Panel("First-order correlation of a minibatch", "c_t = ⟨g_RL, g_MTP⟩", "occ/c", "symlog")
-V2 = Panel("Second-order penalty of a minibatch", "v_t² = ‖g_MTP‖²", "occ/v2", "log")
+CORRELATION = Panel("First-order correlation of a minibatch", "c_t = ⟨g_RL, g_MTP⟩", "occ/c", "symlog")
+PENALTY = Panel("Second-order penalty of a minibatch", "v_t² = ‖g_MTP‖²", "occ/v2", "log")
 SCORE = Panel("Held-out score", "avg@k, points of 100", "eval/score")
 PANELS = [
     Panel("Reward in training", "mean reward", "reward/mean"),
     SCORE,
     Panel("Coefficient", "λ_t (last update of a step)", "occ/lam"),
-    C,
-    V2,
+    CORRELATION,
+    PENALTY,
     FIRST_ORDER,
     SECOND_ORDER,
     Panel("MTP head 1 as a drafter", "share of tokens accepted", "mtp/agreement_1"),
@@ -402,7 +405,7 @@ def draw_panel(axis, groups, panel, points):
         axis.set_yscale("symlog", linthresh=max(heights) / 30)
     elif heights:
         axis.set_yscale(panel.scale)
-    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.label)
+    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.ylabel)
     axis.grid(alpha=0.3)
 
 
@@ -440,7 +443,7 @@ def save(figure, path):
 
 
 def plot(folders, path):
-    """Draw PANELS for the runs, one line a label, and save the picture at `path`."""
+    """Curves of one or more runs, as a picture: reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP."""
     groups = group_runs(folders)
     draw_panels(path, [(groups, panel) for panel in PANELS], rows=2, points=60)
 
@@ -449,9 +452,10 @@ def plot(folders, path):
 # After a few updates of one rollout: where λ_t comes from
 
 
-def last_update(cfg, model, heads, optimizer, seed):
-    """A rollout from a run's state and its updates but the last, with λ = 0, as in train.step_of_rl.
+def all_updates_but_the_last(cfg, model, heads, optimizer, seed):
+    """A rollout from a run's state and its updates but the last.
 
+    They are those of train.step_of_rl with λ = 0, without the KL term and what is special to --released.
     Returns (the last minibatch, the heads as at the rollout), or None if there was only one: then every δ is 0.
     """
     regime, algo = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo]
@@ -464,9 +468,9 @@ def last_update(cfg, model, heads, optimizer, seed):
         logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg, door=0.0)
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
-        loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+        loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, mb["adv"], algo)
         optimizer.zero_grad()
-        (loss_rl + rl.mtp_loss(regime.heads_loss, logp_mtp, mb, mb["adv"], algo)).backward()
+        (rl.trunk_loss(logp, mb, algo) + loss_heads).backward()
         torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
         torch.nn.utils.clip_grad_norm_(list(heads.parameters()), 1.0)
         optimizer.step()
@@ -474,37 +478,34 @@ def last_update(cfg, model, heads, optimizer, seed):
 
 
 def deltas_of(model, heads, mb, cfg):
-    """δ_RL and δ_MTP (B, T-1) of a minibatch, and λ as the authors' code has it (see train.py --released)."""
+    """(δ_RL, δ_MTP) of a minibatch, (B, T-1) each, and the mean λ of the authors' code (see train.py --released)."""
     with torch.no_grad():
         logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-    old_of_trunk = mb["old"][:, None].expand_as(mb["old_mtp"])
-    released = occ.token_deltas(logp, mb["old"], logp_mtp, old_of_trunk, mb["mask_mtp"])
-    lam_plus = occ.RELEASED_LAM_PLUS / cfg.mtp_depth
-    lam_B = occ.released_coefficient(*released, mb["mask_mtp"].any(1), lam_plus)
-    return deltas, lam_B.mean().item()
+    released_B = rl.released_lam(logp, logp_mtp, mb, occ.RELEASED_LAM_PLUS / cfg.mtp_depth)
+    return deltas, released_B.mean().item()
 
 
 def explain(args):
-    """One rollout from a run's checkpoint and its updates (δ is 0 before); then every token's part in λ_t.
+    """Which tokens make λ_t: one rollout from a run's checkpoint and its updates with λ = 0 (before them δ is 0).
 
-    Returns lines, and writes a picture: δ_RL·δ_MTP and δ_MTP² as colours under the text of a few responses.
+    The picture has δ_RL·δ_MTP and δ_MTP² as colours under the text of a few responses.
     """
     cfg, state = load_run(args.run, find_device(args.device), with_heads=True)
     if cfg.updates_per_rollout == 1:
         raise ValueError(f"{args.run}: with one update a rollout every δ is 0, and so is lambda")
-    last = last_update(cfg, *state, 10**9 + args.seed)
+    last = all_updates_but_the_last(cfg, *state, 10**9 + args.seed)
     if last is None:
         few = "too few prompts have both right and wrong samples here"
         raise ValueError(f"{args.run}: {few}; try another --seed")
     mb, heads_at_rollout = last
     model, heads, _ = state
-    (delta_rl, delta_mtp), released = deltas_of(model, heads, mb, cfg)
-    product, square = delta_rl * delta_mtp, delta_mtp.square()
+    deltas, released = deltas_of(model, heads, mb, cfg)
+    product, square = deltas[0] * deltas[1], deltas[1].square()
     c_hat, v2_hat = product.sum().item(), square.sum().item()
-    regime, algo = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo]
-    exact, _, _ = rl.probe(model, heads, mb, (delta_rl, delta_mtp), regime, algo, cfg, heads_at_rollout)
-    c, v2, cos = exact["occ/c"], exact["occ/v2"], exact["occ/cos"]
+    regime, algo = occ.REGIMES["occ"], rl.ALGOS[cfg.algo]
+    terms, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
+    c, v2, cos = terms["occ/c"], terms["occ/v2"], terms["occ/cos"]
     largest = product.flatten().abs().topk(min(10, product.numel())).indices
     share = 100 * product.flatten()[largest].sum().item() / c_hat if c_hat else 0.0
     path = Path(args.out or Path(args.run) / "explain.png")
@@ -512,9 +513,9 @@ def explain(args):
     return [
         f"The last update of one rollout: {int(mb['mask_mtp'].any(1).sum())} tokens.",
         f"ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}",
-        f"λ, ratio of sums (paper):             {c_hat / (v2_hat + 1e-8):8.4f}",
-        f"λ, mean of ratios (released code):    {released:8.4f}",
-        f"λ, exact gradients, c/v²:             {c / max(v2, 1e-30):8.4f}   c = {c:.4g}, v² = {v2:.4g}, cosine {cos:.3f}",
+        f"λ, ratio of sums (paper):               {c_hat / (v2_hat + 1e-8):8.4f}",
+        f"λ, mean of ratios × 0.1 / mtp_depth:    {released:8.4f}   (released code)",
+        f"λ, exact gradients, c/v²:               {c / max(v2, 1e-30):8.4f}   c = {c:.4g}, v² = {v2:.4g}, cosine {cos:.3f}",
         f"The ten most influential tokens make {share:.0f} % of ĉ.",
         str(path),
     ]
@@ -559,11 +560,11 @@ LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch
 MARKED = (64, 512)  # what training has by default, and what the paper has
 ADAM_EPS = 1e-8
-PARTS = 12  # which the jackknife leaves out, one at a time
+PARTS = 12  # which the jackknife leaves out, one at a time; fewer of fewer minibatches
 HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the minibatches
 PROXIES = {  # of λ: a number that is measured for each minibatch, or a constant; and its name
     "lam_logprob": "log-probs (paper)",
-    "lam_released": "mean of ratios",
+    "lam_released": "mean of ratios × 0.1",
     "lam_hidden": "hidden states",
     "lam_frozen": "log-probs, frozen heads",
     "lam_star": "exact c/v²",
@@ -578,7 +579,8 @@ def onestep(args):
 
     D(λ) = Σ_j E[g_j] E[u_j] / (√E[u_j²] + ε),  u = clip(g + λ m),  is the expected first-order gain of a step of Adam
     whose second moments have converged: idealised. It is given relative to λ = 0. The unit is a minibatch as in
-    training, after one real update of its rollout; E[g] E[u] is from products of different ones.
+    training, after one real update of its rollout; E[g] E[u] is from products of different ones. The answer is yes if
+    the 95 % interval of the gain is above 0, and no if it is below 1 %.
     """
     found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
@@ -592,10 +594,11 @@ def onestep(args):
                  "gains in the other, in % (means of the two).")  # fmt: skip
     rows = []
     for size in SIZES:
-        row = [size]
-        for kind in ("policy", "ce"):
-            row += [round(found[f"{kind}/lam_at_{size}"], 3), cell(found[f"{kind}/gain_at_{size}"])]
-        rows.append(row)
+        if f"policy/lam_at_{size}" in found:
+            row = [size]
+            for kind in ("policy", "ce"):
+                row += [round(found[f"{kind}/lam_at_{size}"], 3), cell(found[f"{kind}/gain_at_{size}"])]
+            rows.append(row)
     lines += [*markdown(["responses", "policy: λ", "policy: gain", "ce: λ", "ce: gain"], rows), ""]
 
     for kind in ("policy", "ce"):
@@ -606,8 +609,8 @@ def onestep(args):
     for kind in ("policy", "ce"):
         lam, (mean, half) = found[f"{kind}/best_lam"], found[f"{kind}/best_gain"]
         answer = "yes" if mean > half else "no" if mean + half < 1 else "cannot be told"
-        lines.append(f"Would MTP help this run, through m of {kind}? {answer}: at λ = {lam:g}, chosen on one half and valued "
-                     f"on the other, a step gains {cell((mean, half))} %.")  # fmt: skip
+        lines.append(f"Would MTP help this run, through m of {kind}? {answer}: at the λ that one half of the minibatches "
+                     f"chooses (mean of both halves {lam:g}) a step gains {cell((mean, half))} % in the other.")  # fmt: skip
     return lines
 
 
@@ -619,10 +622,9 @@ def measure_step(folder, name, rollouts, device):
     cfg.updates_per_rollout = 2
     gradients, numbers = [], []
     for i in tqdm(range(rollouts), f"{folder} {name}", disable=None):
-        moved = copy.deepcopy(
-            state
-        )  # loading the checkpoint again would not do: Adam's moments share its memory
-        last = last_update(cfg, *moved, 10**9 + i)
+        # Loading the checkpoint again would not do: Adam's moments share its memory.
+        moved = copy.deepcopy(state)
+        last = all_updates_but_the_last(cfg, *moved, 10**9 + i)
         if last is not None:  # else too few prompts had both right and wrong samples
             of_minibatch = measure_minibatch(cfg, state[0], moved, *last)
             gradients.append(of_minibatch[0])
@@ -638,11 +640,12 @@ def measure_step(folder, name, rollouts, device):
         halves = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
         for key, value in gains_of_steps(g, m, halves, responses).items():
             found[f"{kind}/{key}"] = value
-        for proxy in PROXIES if kind == "policy" else ():
-            measured = proxy.startswith("lam_")
-            lam_N = torch.tensor([each[f"occ/{proxy}"] if measured else float(proxy) for each in numbers])
-            for key, value in value_of_a_proxy(g, m, lam_N, halves).items():
-                found[f"{proxy}/{key}"] = value
+    halves = [gains_by_lam(g[rows], m_policy[rows])[:, 0] for rows in HALVES]
+    for proxy in PROXIES:
+        measured = proxy.startswith("lam_")
+        lam_N = torch.tensor([each[f"occ/{proxy}"] if measured else float(proxy) for each in numbers])
+        for key, value in value_of_a_proxy(g, m_policy, lam_N, halves).items():
+            found[f"{proxy}/{key}"] = value
     return found
 
 
@@ -659,8 +662,7 @@ def measure_minibatch(cfg, before, moved, mb, heads_at_rollout):
     _, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     m_ce = occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk)
     logp, _, _ = rl.logprobs(before, None, mb, cfg)
-    loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
-    g_before = occ.flat_grad(loss_rl, list(before.parameters()))
+    g_before = occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(before.parameters()))
     u = torch.cat([p.grad.flatten() for p in trunk])  # along which the update went
     vector = torch.nn.utils.parameters_to_vector
     delta = vector(before.parameters()).detach() - vector(trunk).detach()
@@ -688,14 +690,14 @@ def clipped(u):
 
 
 def step_gains(g_NP, u_NP, sizes=(1.0,)):
-    """D of `onestep` for steps along u: (S, 1 + J), of all N minibatches, then without each of J = PARTS of them.
+    """D of `onestep` for steps along u: (S, 1 + parts), of all N minibatches, then without each of some parts of them.
 
-    sizes: S sizes of a minibatch in units of those given, at most N. Then E[u²] = (E u)² + s²/size, s² the variance.
+    sizes: of a minibatch in units of those given, each below N. Then E[u²] = (E u)² + s²/size, s² the variance.
     """
-    terms = (g_NP, u_NP, g_NP * u_NP, u_NP.square())
+    terms, parts = (g_NP, u_NP, g_NP * u_NP, u_NP.square()), min(PARTS, len(g_NP))
     whole, size_S1 = [x.sum(0) for x in terms], torch.tensor(sizes)[:, None]
     gains = []
-    for left_out in (slice(0), *(slice(part, None, PARTS) for part in range(PARTS))):
+    for left_out in (slice(0), *(slice(part, None, parts) for part in range(parts))):
         n = len(g_NP) - len(g_NP[left_out])
         g, u, gu, uu = [total - x[left_out].sum(0) for total, x in zip(whole, terms)]
         product = (g * u - gu) / (n * (n - 1))  # E[g_j] E[u_j], from products of different minibatches
@@ -706,7 +708,7 @@ def step_gains(g_NP, u_NP, sizes=(1.0,)):
 
 
 def gains_by_lam(g, m, sizes=(1.0,), clip=True):
-    """step_gains along g + λ m for the λ of LAMS: (L, S, 1 + J)."""
+    """step_gains along g + λ m for the λ of LAMS: (len(LAMS), S, 1 + parts)."""
     gains = []
     for lam in LAMS:
         u = g + lam * m
@@ -717,18 +719,21 @@ def gains_by_lam(g, m, sizes=(1.0,), clip=True):
 def relative_gain(gain, gain_0):
     """(gain of a step over that of another, minus 1, in %; half-width of its 95 % interval), of rows of step_gains.
 
-    The interval is the jackknife's, with Student's t.
+    The interval is the jackknife's, with Student's t. nan where that other step is not sure to gain anything.
     """
-    ratios = 100 * (gain / gain_0 - 1)
-    left_out = ratios[1:]
-    variance = (PARTS - 1) / PARTS * (left_out - left_out.mean()).square().sum()
-    return ratios[0].item(), 2.20 * variance.sqrt().item()
+    if (gain_0 <= 0).any():
+        return math.nan, math.nan
+    whole, *left_out = (100 * (gain / gain_0 - 1)).tolist()
+    freedom = len(left_out) - 1
+    variance = freedom**2 / len(left_out) * statistics.variance(left_out)
+    return whole, student_t(freedom) * variance**0.5
 
 
 def chosen_on_one_half(even, odd):
-    """(λ, gain): the best λ by each half of the minibatches (L, 1 + J), and its gain in the other half; means.
+    """(λ, gain): the best λ by each half of the minibatches, and its gain in the other half; means of the two.
 
-    A λ that is chosen and valued on the same minibatches always looks as if it helped.
+    The halves are gains_by_lam of one size, (len(LAMS), 1 + parts). A λ that is chosen and valued on the same minibatches
+    always looks as if it helped.
     """
     lams, gains = [], []
     for here, there in ((even, odd), (odd, even)):
@@ -744,9 +749,12 @@ def gains_of_steps(g, m, halves, responses):
     for lam, gain in zip(LAMS, gains):
         found[f"gain_{lam:g}"] = relative_gain(gain, gains[LAMS.index(0.0)])
     found["best_lam"], found["best_gain"] = chosen_on_one_half(*halves)
-    sizes = [size / responses for size in SIZES]
-    even, odd = [gains_by_lam(g[rows], m[rows], sizes, clip=False) for rows in HALVES]
-    for i, size in enumerate(SIZES):
+    half = len(g) // 2
+    fewest = half - math.ceil(half / PARTS)  # minibatches in a half, without a part
+    sizes = [size for size in SIZES if size < fewest * responses]
+    in_minibatches = [size / responses for size in sizes]
+    even, odd = [gains_by_lam(g[rows], m[rows], in_minibatches, clip=False) for rows in HALVES]
+    for i, size in enumerate(sizes):
         found[f"lam_at_{size}"], found[f"gain_at_{size}"] = chosen_on_one_half(even[:, i], odd[:, i])
     g2, c, v2 = across(g, g), across(g, m), across(m, m)
     found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan  # noise can make a square negative
@@ -784,7 +792,7 @@ REPRODUCED = {  # the first is what the others are compared with
     "policy-0.5": dict(regime="policy", lam=0.5),
     "exact-ce": dict(regime="exact-ce"),
 }
-DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"  # the others take longer than they tell
+DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
 STATES = "ckpt-0 ckpt-25 ckpt-60 ckpt-120 ckpt".split()  # of detach and of occ, where one step is measured
 
@@ -793,27 +801,30 @@ def reproduce(args):
     """Train the regimes on several seeds; draw the paper's figures, write its tables, and test its claims.
 
     All regimes of a seed start from the same pretrained weights. Finished runs are not repeated, unfinished ones go on;
-    one that breaks down is named, and the others are drawn without it. The claims are CLAIMS; `verdict` decides.
+    one that breaks down is named, and the others are drawn without it.
     """
     out, start = Path(args.out or "out/reproduce"), time.perf_counter()
     steps, rollouts = args.steps or (10 if args.fast else 250), 16 if args.fast else 48
+    seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.fast else 5)))
     common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
-    seeds, plan = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.fast else 5))), []
+    plan = []
     for label in args.regimes.split(","):
         for seed in seeds:
             plan.append(common | REPRODUCED[label] | dict(seed=seed, out=f"{out}/{label}-s{seed}"))
-    threads, failed = itertools.repeat(max((os.cpu_count() or 1) // args.jobs, 1)), []
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    train = functools.partial(train_one, threads=threads)
+    measure = functools.partial(measure_one, rollouts=rollouts, threads=threads)
     folders = [out / f"{label}-s{seed}" for label in ("detach", "occ") for seed in seeds]
     states = list(itertools.product(folders, STATES))
+    errors = []  # "" of what went well
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         # The first run of a seed pretrains for the others.
         for wave in (plan[: len(seeds)], plan[len(seeds) :]):
-            failed += tqdm(pool.map(train_one, wave, threads), "runs", len(wave), disable=None)
-        finished = failed.count("")
-        found = pool.map(measure_one, states, itertools.repeat(rollouts), threads)
-        failed += tqdm(found, "one step", len(states), disable=None)
+            errors += tqdm(pool.map(train, wave), "runs", len(wave), disable=None)
+        finished = errors.count("")
+        errors += tqdm(pool.map(measure, states), "one step", len(states), disable=None)
     draw(out, steps)
-    failed = [line for line in failed if line]
+    failed = [line for line in errors if line]
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
@@ -836,6 +847,7 @@ def train_one(flags, threads):
         if ckpt and ckpt["step"] == flags["steps"]:
             return ""
         arguments = ["--resume", folder, "--steps", str(flags["steps"])]
+        Path(folder, "onestep-ckpt.json").unlink(missing_ok=True)  # ckpt.pt will be another
     return run_script(folder, ["train.py", *arguments], threads)
 
 
@@ -906,10 +918,11 @@ def statistic(records, name, key):
         return math.log2(max(late, 1e-30) / max(early, 1e-30))
     if name == "middle - start":
         return middle - records[0][key]
-    return {"early - late": early - late, "middle - late": middle - late}[name]
+    return {"early": early, "late": late, "early - late": early - late, "middle - late": middle - late}[name]
 
 
 ANY = math.inf
+# H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.
 CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, claimed to lie above, below
     ("H1", "cosine of g and m of ce, without noise", "detach", "mean", "onestep/ce/cos", None, -0.1, 0.1),
     ("H1", "ce: log2 of v², last third over first", "ce", "log2 of late over early", "occ/v2", None, -1, ANY),
@@ -922,7 +935,7 @@ CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, c
     ("H3", "occ: λ_t, first third − last", "occ", "early - late", "occ/lam", None, 0, ANY),
     ("H4", "occ − detach, points", "occ", "final", "eval/score", "detach", 0, ANY),
     *[("H6", f"occ − {label}, points", "occ", "final", "eval/score", label, 0, ANY) for label in SWEEP],
-]  # H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.  # fmt: skip
+]  # fmt: skip
 
 
 def verdict(mean, half, above, below):
@@ -949,8 +962,10 @@ def judged_claims(runs):
         else:
             values = [statistic(records, name, key) for records in runs.get(label, {}).values()]
         mean, half = interval(values)
-        claimed = f"above {above:g}" if below == ANY else f"below {below:g}"
-        claimed = f"{above:g} to {below:g}" if ANY not in (-above, below) else claimed
+        if below == ANY:
+            claimed = f"above {above:g}"
+        else:
+            claimed = f"below {below:g}" if above == -ANY else f"{above:g} to {below:g}"
         n = sum(not math.isnan(value) for value in values)
         rows.append([claim, quantity, cell((mean, half), 3), n, claimed, verdict(mean, half, above, below)])
     return rows
@@ -962,7 +977,7 @@ GROWTH = 3.6  # points a unit of ln t, fitted to detach on seeds 100 and 101
 def predicted_difference(gains, steps):
     """Points to `detach`, mean over the last fifth of training, if a regime's steps gain F(t) times those of detach.
 
-    gains: {step: 100 (F - 1)}, in a line between. `detach` scores S(t) = a + GROWTH ln t; a regime has lived
+    gains: {step: 100 (F - 1)}, interpolated linearly. `detach` scores S(t) = a + GROWTH ln t; a regime has lived
     τ(t) = ∫ F dt, so it scores S(τ(t)). nan where F is not above 0: no prediction.
     """
     factors = 1 + np.interp(range(1, steps + 1), list(gains), list(gains.values())) / 100
@@ -973,7 +988,10 @@ def predicted_difference(gains, steps):
 
 
 def predictions(runs, steps):
-    """Rows of a table: what one step says of whole runs, beside what they did; H7."""
+    """Rows of a table: what one step says of whole runs, beside what they did; H7.
+
+    The steps are those of the run whose heads learn by the same loss: `detach` for ce, `occ` for the others.
+    """
     rows = []
     for label in ("ce", *SWEEP, "occ"):
         states, kind = ("detach", "ce") if label == "ce" else ("occ", "policy")
@@ -1012,7 +1030,7 @@ def judged_proxies(runs):
             lam = [r[f"onestep/{name}/lam"] for r in states]
             best = [r["onestep/policy/best_lam"] for r in states]
             bias.append(statistics.fmean(np.subtract(lam, best)))
-            regret.append(statistics.fmean(r[f"onestep/{name}/regret"] for r in states))
+            regret.append(interval([r[f"onestep/{name}/regret"] for r in states])[0])
             constant = len(set(lam)) == 1 or len(set(best)) == 1
             correlation.append(math.nan if constant else float(np.corrcoef(ranks(lam), ranks(best))[0, 1]))
         intervals = cell(interval(bias), 2), cell(interval(correlation), 2), cell(interval(regret))
@@ -1032,7 +1050,7 @@ def draw(out, steps):
     gap = Panel("Difference to detach, seed by seed", "points of 100", "y")
     draw_panels(out / "1-scores.png", [(groups, SCORE), (gaps_to_detach(runs), gap)], points=60)
     cos = Panel("Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", "occ/cos")
-    draw_panels(out / "2-terms.png", [(with_mtp, C), (with_mtp, V2), (with_mtp, cos)])
+    draw_panels(out / "2-terms.png", [(with_mtp, CORRELATION), (with_mtp, PENALTY), (with_mtp, cos)])
     draw_panels(out / "3-decomposition.png", [(with_mtp, FIRST_ORDER), (with_mtp, SECOND_ORDER)])
 
     occ_runs, lam, regret = groups.get("occ", []), {}, {}
@@ -1055,10 +1073,8 @@ def draw(out, steps):
             gains[line] = one_line(records, f"{kind}/gain_1")
             by_size[line] = []
             for run in records:
-                at_end = [
-                    {"step": size, "y": run[-1].get(f"onestep/{kind}/gain_at_{size}")} for size in SIZES
-                ]
-                by_size[line].append(at_end)
+                gain_at = {size: run[-1].get(f"onestep/{kind}/gain_at_{size}") for size in SIZES}
+                by_size[line].append([{"step": size, "y": gain} for size, gain in gain_at.items()])
     sizes = f"responses a minibatch ({MARKED[0]} here, {MARKED[1]} in the paper)"
     draw_panels(out / "5-noise.png", [
         (cosines, Panel("Cosine of g and m without noise", "cosine", "y")),
@@ -1076,13 +1092,14 @@ def one_line(runs, key):
 
 def gaps_to_detach(runs):
     """For each label the difference of its scores to detach's: [{"step", "y"} of each evaluation] of each seed."""
-    gaps = {}
+    gaps, base = {}, runs.get("detach", {})
     for label, seeds in runs.items():
-        for seed in sorted(set(seeds) & set(runs.get("detach", {}))) if label != "detach" else ():
-            base, gap = {r["step"]: r.get("eval/score") for r in runs["detach"][seed]}, []
+        for seed in [] if label == "detach" else sorted(set(seeds) & set(base)):
+            score = {r["step"]: r["eval/score"] for r in base[seed] if "eval/score" in r}
+            gap = []
             for r in seeds[seed]:
-                if "eval/score" in r and base.get(r["step"]) is not None:
-                    gap.append({"step": r["step"], "y": r["eval/score"] - base[r["step"]]})
+                if "eval/score" in r and r["step"] in score:
+                    gap.append({"step": r["step"], "y": r["eval/score"] - score[r["step"]]})
             gaps.setdefault(label, []).append(gap)
     return gaps
 
@@ -1091,14 +1108,20 @@ def write_tables(out, runs, steps):
     """Scores, differences to detach, predictions, proxies and claims."""
     one_run = next(iter(next(iter(runs.values())).values()))
     suites = [name for name in one_run[0] if name.startswith("eval/")]
-    names, scores, gaps = [name.removeprefix("eval/") for name in suites], [], []
+    names = [name.removeprefix("eval/") for name in suites]
+    scores, gaps = [], []
     for label, seeds in runs.items():
         row = [cell(interval([final(records, suite) for records in seeds.values()])) for suite in suites]
+        row.append(cell(interval([records[0]["eval/score"] for records in seeds.values()])))
+        for third in ("early", "late"):
+            row.append(
+                cell(interval([statistic(records, third, "occ/lam") for records in seeds.values()]), 3)
+            )
         scores.append([label, len(seeds), *row])
         to_detach = [differences(runs, label, "detach", key=suite) for suite in suites]
         if label != "detach" and to_detach[0]:
             gaps.append([label, len(to_detach[0]), *(cell(interval(values)) for values in to_detach)])
-    write_table(out / "scores", ["regime", "n", *names], scores)
+    write_table(out / "scores", ["regime", "n", *names, "before RL", "λ, first third", "last third"], scores)
     write_table(out / "differences", ["regime − detach", "n", *names], gaps)
     if "detach" in runs:
         head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
@@ -1187,14 +1210,14 @@ FLAGS = {  # default, help, and the commands that have it
     "k": (8, "samples a problem", "score sample"),
     "temperature": (1.0, "of sampling; 0 is greedy", "score sample"),
     "speculative": (False, "the heads draft", "score sample"),
-    "problems": (0, "a suite, at most; 0: score 64, or a whole file; sample 2", "score sample"),
+    "problems": (0, "a suite, at most; 0: 64 for score, or all of a file given by --suite; 2 for sample", "score sample"),
     "suite": ("", f"arithmetic, competition, or some of {','.join([*rl.SUITES, *rl.SCORE])},FILE.jsonl; by default the "
               "held-out problems of the run's own task", "score"),
     "max_new_tokens": (0, "longest response; 0: as the run was trained", "score"),
     "data_dir": ("", "folder of data sets; by default the run's own", "score"),
-    "seed": (0, "of problems and samples", "score sample explain"),
+    "seed": (0, "of the samples; for explain of the problems too", "score sample explain"),
     "device": ("cpu", "cpu, or any device that torch knows", "score sample explain onestep"),
-    "rollouts": (48, "of one minibatch each", "onestep"),
+    "rollouts": (48, "how many; each gives one measured minibatch", "onestep"),
     "checkpoint": ("ckpt", "file in the run's folder, as ckpt-60 (train.py --keep 60)", "onestep"),
     "seeds": (0, "how many; 0: 5, or 2 with --fast", "reproduce"),
     "first_seed": (0, "the first of them", "reproduce"),

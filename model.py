@@ -137,15 +137,15 @@ def find_device(name):
         raise ValueError(f"--device {name}: {reason}; allowed: auto, cpu, cuda:1, mps, ...") from None
 
 
-def hidden_dtype(device):
+def matmul_dtype(device):
     """bfloat16 on GPUs that compute in it (capability 8.0 or newer), else float32."""
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if modern else torch.float32
 
 
 def autocast(device):
-    """For forward passes: matrix products in hidden_dtype."""
-    dtype = hidden_dtype(device)
+    """For forward passes: matrix products in matmul_dtype. Norms, hence the final hidden states, stay float32 on CUDA."""
+    dtype = matmul_dtype(device)
     return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
@@ -225,16 +225,18 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     logp_BT = torch.zeros(tokens_BT.shape, device=device)
     u_BR = (torch.rand(B, R) if u_BR is None else u_BR).to(device)
     alive_B = torch.ones_like(row_B, dtype=torch.bool)
-    for i in range(R):
+    for i in range(R):  # here B are the rows that are still in the batch, and row_B says which
         logp_BV = tempered(model.logits(h_BC), temperature)
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
-        tokens_BT[row_B, pos_B] = token_B * alive_B  # nothing behind the end
+        # What a row says behind its end is not kept.
+        tokens_BT[row_B, pos_B] = token_B * alive_B
         mask_BT[row_B, pos_B] = alive_B
         logp_BT[row_B, pos_B] = at_token(logp_BV, token_B) * alive_B
         alive_B = alive_B & (token_B != eos)
         if i == R - 1 or not alive_B.any():
             break
-        if alive_B.float().mean() < 0.8:  # rows that have ended leave the batch, several at a time: caches are copied
+        # Rows that have ended leave together, once they are more than a fifth: leaving copies all caches.
+        if alive_B.float().mean() < 0.8:
             keep = alive_B.nonzero().squeeze(1)
             for cache in caches:
                 cache.select(keep)

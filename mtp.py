@@ -17,7 +17,7 @@ Dimension key: B sequences · P prompts · G samples a prompt · T positions · 
 V vocabulary · C channels · N tokens
 """
 
-from __future__ import annotations  # the kernels' name types of Triton, which is imported later
+from __future__ import annotations  # those of the kernels are types of Triton, which is imported later
 
 import functools
 import os
@@ -134,8 +134,8 @@ def after_rejection(log_p_BV, log_q_BV):
 def draft(model, heads, caches, tokens, states, n_B, end, width, temperature, u_BK):
     """Each head writes its draft behind position n_B, the last token's; returns their log-probs (B, K, V).
 
-    Head k reads the last positions before n_B, as many as width says, and predicts token n+k. A state of the last K+1
-    may be that of a rejected draft, so they are made again. Other columns of its cache are right, or past its position.
+    Head k reads the `width` positions before n_B and predicts token n+k. What its cache has of the last K+1 positions may
+    be of rejected drafts, so each round makes it again. Older columns are right, and later ones masked.
     """
     rows = torch.arange(len(n_B), device=n_B.device)[:, None]
     window = (n_B[:, None] + torch.arange(-width, 0, device=n_B.device)).clamp(min=0)
@@ -149,10 +149,10 @@ def draft(model, heads, caches, tokens, states, n_B, end, width, temperature, u_
 
 
 def settle(log_p, log_q_BKV, draft_BK, temperature, u, u_last):
-    """What becomes of a round: its tokens (B, K+1) and how many of them, from the left, are accepted drafts (B,).
+    """The tokens of a round (B, K+1), and how many of its drafts are accepted (B,).
 
-    The token behind those comes from the trunk, instead of the first rejected draft or after the last one; what stands
-    further right is nothing. log_p (B, K+1, V) are the trunk's, u and u_last (B, K+1) uniform numbers.
+    Those drafts come first, then one token of the trunk; columns after it mean nothing. log_p (B, K+1, V) are the trunk's
+    log-probs; u and u_last (B, K+1) are uniform numbers, for accepting a draft and for the trunk's own token.
     """
     B, K = draft_BK.shape
     rows = torch.arange(B, device=draft_BK.device)
@@ -232,7 +232,7 @@ def speculation_metrics(mask_BT, draft_BT, depth):
     """What drafting was worth, of samples of speculative_generate.
 
     spec/accept_rate_k: share of rounds whose k-th draft came out. spec/accept_len: tokens a round, the trunk's own
-    included. spec/tokens_per_call: tokens a pass of the trunk, with the prompts' passes and the token each one gives.
+    included. spec/tokens_per_call: tokens a row and pass of the trunk; reading the prompt is one pass, which gives one.
     """
     own_BT = mask_BT & (draft_BT == 0)
     fruitless = (own_BT[:, :-1] & own_BT[:, 1:]).sum().item()  # a round whose first draft was rejected
@@ -249,8 +249,8 @@ def speculation_metrics(mask_BT, draft_BT, depth):
 
 
 CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32 (64 columns at least)
-# "auto" is naive up to so many logits: 32 MiB, above which glibc maps and faults in every temporary afresh. See what
-# chunked takes over naive on either side of it with: python tests/bench.py --logp
+# "auto" is naive up to so many logits: 32 MiB, above which glibc maps every temporary anew. python tests/bench.py --logp
+# measures both on either side of it.
 AUTO_LOGITS = 2**23
 
 
@@ -485,10 +485,8 @@ def why_no_triton(device, dtype):
     targets = torch.arange(150, device=device) * 2
     results = []
     try:
-        for logp in (
-            linear_logp(h, W, targets, 0.8, "naive"),
-            RecomputedLogp.apply(h, W, targets, 0.8, "triton"),
-        ):
+        naive = linear_logp(h, W, targets, 0.8, "naive")
+        for logp in (naive, RecomputedLogp.apply(h, W, targets, 0.8, "triton")):
             results.append((logp.detach(), *torch.autograd.grad(logp, (h, W), g)))
     except Exception as error:  # not installed, no compiler, too little shared memory, ...
         return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -33,7 +33,7 @@ class Regime(NamedTuple):
     heads_loss: str | None
     # the loss whose gradient is m, which enters the trunk times λ
     trunk_loss: str | None
-    # for λ: "cut" 0 · "fixed" --lam · "proxy" from log-probs · "exact" from g and m
+    # for λ: "cut" 0 · "fixed" --lam · "proxy" --occ_proxy · "exact" from g and m
     rule: str
 
 
@@ -80,7 +80,7 @@ def scale_grad(x, lam):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# λ from what can be seen without the gradients
+# λ without a backward pass through the trunk
 
 
 def wide(x):
@@ -141,7 +141,7 @@ def token_deltas(logp_BT, old_BT, logp_mtp_BKT, old_mtp_BKT, mask_mtp_BKT):
 
 
 def delta_mtp(lam, c, v2, eta, L):
-    """Δ_MTP(λ): what MTP adds to the guaranteed gain of one step of size eta, for an L-smooth objective."""
+    """Δ_MTP(λ), not δ_MTP: what MTP adds to the guaranteed gain of one step of size eta, for an L-smooth objective."""
     first_order = eta * lam * (1 - L * eta) * c
     second_order = L * eta**2 * lam**2 / 2 * v2
     return first_order - second_order

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -199,10 +200,10 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
-def problem_stream(suites, difficulty, rng, **kwargs):
+def problem_stream(suites, difficulty, rng, careless=0.0):
     """Training problems without end, of suites at random."""
     while True:
-        yield draw_problem(rng.choice(suites), difficulty, rng, **kwargs)
+        yield draw_problem(rng.choice(suites), difficulty, rng, careless=careless)
 
 
 def training_problems(cfg, step):
@@ -211,9 +212,9 @@ def training_problems(cfg, step):
     return problem_stream(suites_of(cfg.task, cfg.data_dir), cfg.difficulty, rng)
 
 
-def held_out_problems(suite, difficulty, count, seed=0):
+def held_out_problems(suite, difficulty, count):
     """Up to count different held-out problems of a suite: fewer where the suite has no more at this difficulty."""
-    rng, problems = random.Random(f"{seed}/held out/{label(suite)}"), {}
+    rng, problems = random.Random(f"0/held out/{label(suite)}"), {}
     if suite not in SUITES:
         side = side_of_split(suite, held_out=True)
         return rng.sample(side, min(count, len(side)))
@@ -581,13 +582,13 @@ def overlong_penalty(length_B, max_new_tokens):
 
 
 def informative(reward_PG):
-    """(P,) True where the samples of a prompt differ in reward. The others have zero advantage, hence no gradient."""
+    """(P,) True where the samples of a prompt differ in reward: else advantages relative to the group are zero."""
     return reward_PG.amax(1) > reward_PG.amin(1)
 
 
 def rollout(model, heads, tok, problems, algo, cfg, generator):
-    """The samples of one step. With dynamic sampling (DAPO §3.2), prompts without a gradient are replaced by new ones
-    from the iterator `problems`, at most ROUNDS times over; what is missing then stays missing.
+    """The samples of one step. With dynamic sampling (DAPO §3.2) prompts without a gradient are replaced by new ones from
+    the iterator `problems`, until ROUNDS times prompts were drawn; what is missing then stays missing.
 
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
@@ -660,7 +661,8 @@ class Algo:
 
 
 ALGOS = {
-    "reinforce": Algo(advantage="batch", ratio="none"),  # Williams 1992
+    # Williams 1992; nothing is clipped
+    "reinforce": Algo(advantage="batch", ratio="none", clip_eps_low=math.inf, clip_eps_high=math.inf),
     "grpo": Algo(loss_agg="sequence", kl_coef=0.04),  # arXiv 2402.03300
     "drgrpo": Algo(advantage="group", loss_agg="constant"),  # arXiv 2503.20783
     "dapo": Algo(clip_eps_high=0.28, dynamic_sampling=True, overlong=True),  # arXiv 2503.14476
@@ -670,7 +672,10 @@ ALGOS = {
 
 
 def advantages(reward_PG, kind):
-    """(P, G) rewards -> (P, G) advantages, of groups of equal rewards exactly 0 (in "batch" the baseline is not theirs)."""
+    """(P, G) rewards -> (P, G) advantages.
+
+    Groups of equal rewards get exactly 0, unless the kind is "batch", whose baseline is the mean of all rewards.
+    """
     if kind == "batch":
         return reward_PG - reward_PG.mean()
     adv_PG = reward_PG - reward_PG.mean(1, keepdim=True)
@@ -682,9 +687,9 @@ def advantages(reward_PG, kind):
 
 
 def token_weights(mask_BKT, loss_agg, max_new_tokens):
-    """How much each token counts: (B, K, T-1), zero off the mask; at each depth a mean. loss = (weight * x).sum().
+    """How much each token counts in a loss, (weight * x).sum(): (B, K, T-1), 0 off the mask.
 
-    Made once for the whole minibatch, so that cutting it into shares, or padding it, changes nothing.
+    At each depth the weights add up to 1, but for "constant". Made once for the whole minibatch, so that cutting it into shares, or padding it, changes nothing.
     """
     m, B = mask_BKT.float(), len(mask_BKT)
     if loss_agg == "token":
@@ -722,6 +727,12 @@ def kl_to_base(logp_BT, mb):
     return (mb["weight"] * (log_r.exp() - 1 - log_r)).sum()
 
 
+def trunk_loss(logp_BT, mb, algo):
+    """The policy loss of the trunk, and where the method has one the KL to its base."""
+    loss = policy_loss(logp_BT, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
+    return loss + algo.kl_coef * kl_to_base(logp_BT, mb)
+
+
 def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
     """What the heads learn by, mean over depths: "ce" cross-entropy on the sampled tokens, "policy" the clipped loss."""
     K = max(logp_BKT.size(1), 1)  # without heads the arrays are empty, and the loss is 0
@@ -737,6 +748,13 @@ def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
 def logprobs(model, heads, mb, cfg, door=1.0):
     """mtp.logprobs of a minibatch: logp (B, T-1), logp_mtp (B, K, T-1), and the hidden states."""
     return mtp.logprobs(model, heads, mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl, door)
+
+
+def released_lam(logp_BT, logp_BKT, mb, lam_plus):
+    """λ of each response (B,) as in the authors' code, where the old log-probs of the heads are the trunk's."""
+    old_BKT = mb["old"][:, None].expand_as(logp_BKT)
+    deltas = occ.token_deltas(logp_BT, mb["old"], logp_BKT, old_BKT, mb["mask_mtp"])
+    return occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), lam_plus)
 
 
 @torch.no_grad()
@@ -799,7 +817,7 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
     """What the forward pass of an update tells of trunk and heads; first: of the first update after the rollout."""
     metrics = {}
     if first:
-        # The gap is to the sampler's log-probs. The agreement is the share of tokens that a speculative sampler would
+        # The gap is to the sampler's log-probs, of this minibatch. The agreement is the share of tokens that a speculative sampler would
         # accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
         metrics["rollout/logp_gap"] = largest((logp_BT.detach() - mb["logp"]).abs() * mb["mask"])
         accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
@@ -834,9 +852,7 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     movement changes: Δ_MTP of the paper knows no other.
     """
     logp, logp_mtp, h = logprobs(model, heads, mb, cfg)  # the doors open
-    loss_rl = policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
-    loss_rl = loss_rl + algo.kl_coef * kl_to_base(logp, mb)
-    losses = [loss_rl, mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)]
+    losses = [trunk_loss(logp, mb, algo), mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)]
     g, m = [occ.flat_grad(loss, list(model.parameters())) for loss in losses]
     terms = occ.exact_terms(g, m, cfg.lam_plus)
     terms["lam_logprob"] = occ.logprob_coefficient(*deltas, cfg.lam_plus).item()

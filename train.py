@@ -11,7 +11,8 @@
     λ_t = λ₊ <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε);    θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);    φ -= η ∇ loss_mtp    (η: Adam's)
 
 A run is a folder: metrics.jsonl (first line: config, seed, commit, versions, device), ckpt.pt, samples.txt, curves.png.
-Every random number is derived from (seed, purpose, step), so a resumed run needs no generator states.
+Every random number is derived from (seed, purpose, step), so a resumed run needs no generator states. Evaluations have
+the same problems and numbers at every step and seed.
 
 Left out: learning-rate schedules and weight decay in RL, gradient accumulation, a value network.
 """
@@ -52,7 +53,7 @@ import eval as evaluation  # eval.py; the builtin keeps its name
 import mtp
 import occ
 import rl
-from model import find_device, hidden_dtype, pad, share, total, total_gradients, world
+from model import find_device, pad, share, total, total_gradients, world
 
 # Multiply-adds of an update's largest matrix product that occupy a thread. With less, waking a second one costs more
 # than it gains: at the default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
@@ -110,7 +111,7 @@ class Config:
     device: str = "auto"  # cuda where there is one, else cpu; or any that torch knows: cuda:1, mps, xpu
 
     def __post_init__(self):
-        need, most = self.need, self.prompts_per_step
+        need = self.need
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every".split()
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
@@ -127,7 +128,12 @@ class Config:
         kept = [step for step in self.keep.split(",") if step]
         need("keep", all(map(str.isdecimal, kept)), "a comma list of steps, as 0,25,60")
         need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
-        need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
+        prompts = self.prompts_per_step
+        need(
+            "updates_per_rollout",
+            self.updates_per_rollout <= prompts,
+            f"at most prompts_per_step = {prompts}",
+        )
         algo = rl.ALGOS[self.algo]
         in_groups = algo.advantage != "batch" or algo.dynamic_sampling
         need("num_generations", self.num_generations > 1 or not in_groups, "2 or more (1 with reinforce)")
@@ -144,7 +150,7 @@ class Config:
             why = mtp.why_no_triton(device, torch.float32)
             need("logp_impl", not why, f"auto, naive or chunked here: {why}")
         room = max(rl.longest(s, self.difficulty, self.tok())[2] for s in self.suites()) + 1
-        room = room * 5 // 4 if algo.overlong else room  # the overlong penalty takes the last fifth
+        room = math.ceil(room * 5 / 4) if algo.overlong else room  # the overlong penalty takes the last fifth
         need("max_new_tokens", self.max_new_tokens >= room, f"{room} or more for this task and difficulty")
         names = self.task if self.task == "arithmetic" else "+".join(map(rl.label, self.suites()))
         self.out = self.out or f"out/{names}-{self.regime}-s{self.seed}"
@@ -178,9 +184,7 @@ def set_up(cfg):
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.released and world()[1] > 1:
-        raise ValueError(
-            "--released: in one process only: its lambda is a mean over pairs, which processes would cut"
-        )
+        raise ValueError("--released: in one process only: its lambda is a mean over pairs of responses")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
@@ -343,9 +347,8 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         for name in () if resume else ("metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png"):
             if (self.dir / name).exists() and (self.dir / name).stat().st_size:
-                raise ValueError(
-                    f"--out {out}: has a {name}; go on with --resume {out}, or name another folder"
-                )
+                there = f"has a {name}; go on with --resume {out}, or name another folder"
+                raise ValueError(f"--out {out}: {there}")
         self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
         try:
             if fcntl:
@@ -364,7 +367,7 @@ class Run:
             os.truncate(self.metrics.fileno(), len("".join(kept).encode()))
             samples = self.dir / "samples.txt"
             lines = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.exists() else []
-            kept = [line for line in lines if int(line.split()[1]) <= last]
+            kept = [line for line in lines if line.endswith("\n") and int(line.split()[1]) <= last]
             samples.write_text("".join(kept), encoding="utf-8")
 
     def write(self, record):
@@ -381,10 +384,16 @@ class Run:
                     f.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
 
     def save(self, cfg, step, scores, model, heads, optimizer):
-        state = {"step": step, "steps": cfg.steps, "seconds": self.seconds()}
-        state |= {"scores": scores, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state["heads"] = heads.state_dict() if heads else None
         if self.metrics:
+            state = {
+                "step": step,
+                "steps": cfg.steps,
+                "seconds": self.seconds(),
+                "scores": scores,
+                "model": model.state_dict(),
+                "heads": heads.state_dict() if heads else None,
+                "optimizer": optimizer.state_dict(),
+            }
             save_atomically(state, self.dir / "ckpt.pt")
             if str(step) in cfg.keep.split(","):
                 save_atomically(state, self.dir / f"ckpt-{step}.pt")
@@ -409,7 +418,7 @@ def header(cfg, device):
         "torch": torch.__version__,
     }
     tokens = cfg.prompts_per_step * cfg.num_generations * cfg.max_new_tokens // cfg.updates_per_rollout
-    impl = mtp.pick_impl(cfg.logp_impl, tokens, cfg.tok().n_vocab, device, hidden_dtype(device))
+    impl = mtp.pick_impl(cfg.logp_impl, tokens, cfg.tok().n_vocab, device)
     return {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "commit": commit, "versions": versions,
             "device": f"{world()[1]} x {name}", "logp_impl": impl}  # fmt: skip
 
@@ -455,31 +464,25 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
     updates = []
     for update, mb in enumerate(minibatches):
-        # The doors of the trunk multiply the heads' gradient by lam. It is 1 until 5 fills it in, so that `exact` sees the
-        # whole m, and it is read by the backward at 6.
+        # Log-probs of trunk and heads, and δ: how they have changed since the rollout. The doors of the trunk multiply the
+        # heads' gradient by lam in the backward at 6. It is 1 until 5 fills it in, so that `exact` sees the whole m.
         lam = torch.ones((), device=adv_B.device)
-        door = lam
-        if regime.rule == "cut":
-            door = 0.0  # the number cuts the graph; lam is only logged
-        elif cfg.released:
-            door = 1.0  # open: λ multiplies the advantages instead
-        mask, mask_mtp = mb["mask"], mb["mask_mtp"]
+        door = 0.0 if regime.rule == "cut" else lam  # the number 0 cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
         if update == 0:
             # Nothing has changed yet: ratios are exactly 1 and δ exactly 0, without rounding for OCC to divide.
             mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
         adv_mtp = mb["adv"]
-        if cfg.released:  # the base of δ_MTP is the trunk's; λ multiplies the advantages, inside the clip
-            mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
-        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mask_mtp)
         if cfg.released:
-            lam_B = occ.released_coefficient(*deltas, mask_mtp.any(1), cfg.lam_plus)
-            adv_mtp = adv_mtp * lam_B
+            # λ multiplies the advantages of the heads, inside the clip, and their old log-probs are the trunk's.
+            lam_B = rl.released_lam(logp, logp_mtp, mb, cfg.lam_plus)
+            adv_mtp = mb["adv"] * lam_B
+            mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
+        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
         metrics = rl.update_metrics(logp, logp_mtp, mb, adv_mtp, algo, first=update == 0)
 
         # 3 policy loss of the trunk
-        kl = rl.kl_to_base(logp, mb)
-        loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mask, mb["weight"], algo) + algo.kl_coef * kl
+        loss_rl = rl.trunk_loss(logp, mb, algo)
         # 4 MTP loss: what enters the trunk, and what the heads learn by (in most regimes the same)
         loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
         loss_heads = loss_mtp
@@ -489,9 +492,10 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
         # 5 coefficient λ_t
         if cfg.released:
-            lam.fill_(lam_B.mean())  # for the log
+            lam_t = lam_B.mean()  # for the log: the doors stay open
         else:
-            lam.fill_(occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, trunk))
+            lam_t = occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, trunk)
+            lam.fill_(lam_t)
         clock("coefficient")
         if probing and mb is minibatches[-1]:
             exact, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
@@ -511,9 +515,10 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         metrics["grad_norm/trunk"] = torch.nn.utils.clip_grad_norm_(trunk, 1.0).item()
         metrics["grad_norm/heads"] = torch.nn.utils.clip_grad_norm_(phi, 1.0).item()
         optimizer.step()
-        metrics |= {"actor/loss": total(loss_rl.detach()).item(), "actor/kl": total(kl.detach()).item()}
+        metrics["actor/loss"] = total(loss_rl.detach()).item()
+        metrics["actor/kl"] = total(rl.kl_to_base(logp.detach(), mb)).item()
         if heads:
-            metrics |= {"mtp/loss": total(loss_heads.detach()).item(), "occ/lam": lam.item()}
+            metrics |= {"mtp/loss": total(loss_heads.detach()).item(), "occ/lam": float(lam_t)}
             metrics["occ/c_hat"] = occ.inner(*deltas).item()
             metrics["occ/v2_hat"] = occ.inner(deltas[1], deltas[1]).item()
         updates.append(metrics)
@@ -537,7 +542,7 @@ def main(cfg, resume=False, stop=()):
     if from_logprobs and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
     if device.type == "cuda" and cfg.logp_impl == "auto":
-        why = mtp.why_no_triton("cuda", hidden_dtype(device))
+        why = mtp.why_no_triton("cuda", torch.float32)  # of hidden states, under autocast too
         if why:
             say(f"note: log-probs are computed in chunks, not by the Triton kernels: {why}")
     Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
@@ -566,9 +571,8 @@ def main(cfg, resume=False, stop=()):
         run.save(cfg, 0, scores, model, heads, optimizer)
     else:
         start, scores = ckpt["step"], ckpt["scores"]
-    say(
-        f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}, score {scores[-1]:.1f} at the start"
-    )
+    steps_to_go = f"steps {start + 1} to {cfg.steps}"
+    say(f"reinforcement learning: {cfg.regime}, {steps_to_go}, score {scores[-1]:.1f} at the start")
 
     began, saved = run.seconds(), start
     bar = progress(range(start + 1, cfg.steps + 1), "train", initial=start, total=cfg.steps)

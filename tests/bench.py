@@ -82,7 +82,7 @@ def seconds_of(function, *args):
 def matmul_peak(device, repeats):
     """FLOP/s of a large product of two matrices in the dtype of training."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=gpt.hidden_dtype(device))
+    a, b = torch.randn(2, n, n, device=device, dtype=gpt.matmul_dtype(device))
     return 2 * n**3 / statistics.median([seconds_of(torch.mm, a, b) for _ in range(repeats + 1)][1:])
 
 
@@ -165,7 +165,7 @@ def logp_peers(device):
         return lambda h, W, targets: mtp.linear_logp(h, W, targets, impl=impl)
 
     peers = {"naive": ours("naive"), "chunked": ours("chunked")}
-    if not mtp.why_no_triton(device.type, gpt.hidden_dtype(device)):
+    if not mtp.why_no_triton(device.type, gpt.matmul_dtype(device)):
         peers["triton"] = ours("triton")
     peers["naive, torch.compile"] = torch.compile(peers["naive"])
     if hasattr(F, "linear_cross_entropy"):
@@ -186,7 +186,7 @@ def logp(repeats):
     """Milliseconds forward and backward, ratio to naive, largest error of 64 log-probs against float64."""
     device, lines = gpt.find_device("auto"), []
     for N, C, V in LOGP_SHAPES[device.type]:
-        dtype = gpt.hidden_dtype(device)
+        dtype = gpt.matmul_dtype(device)
         h = torch.randn(N, C, device=device).to(dtype).requires_grad_()
         W = (torch.randn(V, C, device=device) / C**0.5).to(dtype).requires_grad_()
         targets, g = torch.randint(V, (N,), device=device), torch.randn(N, device=device)

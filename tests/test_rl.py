@@ -95,11 +95,13 @@ def test_equal_groups_get_exactly_zero(kind, value):
 
 
 LENGTHS = (5, 1, 3, 4)
+LOSS_AGG = dict(reinforce="token", grpo="sequence", drgrpo="constant", dapo="token", gspo="sequence")
+ADVANTAGE = dict(reinforce="batch", grpo="group_std", drgrpo="group", dapo="group_std", gspo="group_std")
 
 
 def loss_by_hand(name, logp, old, ref, adv, max_new_tokens=8):
     """The loss of each method, token by token, from its paper; sequences start in column 0."""
-    algo, B, loss = rl.ALGOS[name], len(LENGTHS), 0.0
+    B, loss = len(LENGTHS), 0.0
     for b, n in enumerate(LENGTHS):
         sequence_ratio = torch.exp(sum(logp[b, t] - old[b, t] for t in range(n)) / n)
         for t in range(n):
@@ -116,7 +118,7 @@ def loss_by_hand(name, logp, old, ref, adv, max_new_tokens=8):
                 r = torch.exp(ref[b, t] - logp[b, t])
                 objective = objective - 0.04 * (r - 1 - torch.log(r))
             weight = {"token": 1 / sum(LENGTHS), "sequence": 1 / n / B, "constant": 1 / (B * max_new_tokens)}
-            loss = loss - weight[algo.loss_agg] * objective
+            loss = loss - weight[LOSS_AGG[name]] * objective
     return loss
 
 
@@ -132,15 +134,14 @@ def loss_case(spread=1.5):
 def whole_loss(name, case, weight=None):
     algo = rl.ALGOS[name]
     weight = rl.token_weights(case["mask"][:, None], algo.loss_agg, 8)[:, 0] if weight is None else weight
-    case = case | {"weight": weight}
-    loss = rl.policy_loss(case["logp"], case["old"], case["adv"], case["mask"], weight, algo)
-    return loss + algo.kl_coef * rl.kl_to_base(case["logp"], case)
+    return rl.trunk_loss(case["logp"], case | {"weight": weight}, algo)
 
 
 @pytest.mark.parametrize("spread", (0.05, 3.0))  # inside the clip, and far beyond it and the dual clip
 @pytest.mark.parametrize("name", rl.ALGOS)
 def test_losses_by_hand(name, spread):
     case = loss_case(spread)
+    assert rl.ALGOS[name].advantage == ADVANTAGE[name]
     loss = whole_loss(name, case)
     expected = loss_by_hand(name, case["logp"], case["old"], case["ref"], case["adv"])
     torch.testing.assert_close(loss, expected)

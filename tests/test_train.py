@@ -272,7 +272,7 @@ WRONG = [  # flags, and what must be said of them
     ("--task aime24", "--task aime24: a set to score on: python eval.py score RUN --suite aime24"),
     ("--temperature 0", "--temperature 0.0: must be above 0"),
     ("--lr nan", "--lr nan: must be above 0"),
-    ("--max_new_tokens 4", "--max_new_tokens 4: must be 11 or more for this task and difficulty"),
+    ("--max_new_tokens 4", "--max_new_tokens 4: must be 12 or more for this task and difficulty"),
     ("--device gpu", "--device gpu: cannot be used here"),
     ("--logp_impl triton", "--logp_impl triton: must be auto, naive or chunked here"),
     ("--regim occ", "unrecognized arguments: --regim"),
