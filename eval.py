@@ -557,9 +557,10 @@ def draw_tokens(path, tok, mb, product, square, responses=8):
 # One step: what would MTP add to it?
 
 LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch
+SIZES = [16, 32, 64, 128, 256, 512, 1024]  # responses a minibatch
 MARKED = (64, 512)  # what training has by default, and what the paper has
 ADAM_EPS = 1e-8
+STEPS = {"gain": "Adam", "plain": "plain step", "own": "Adam, own moments"}
 PARTS = 12  # which the jackknife leaves out, one at a time; fewer of fewer minibatches
 HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the minibatches
 PROXIES = {  # of λ: a number that is measured for each minibatch, or a constant; and its name
@@ -580,26 +581,34 @@ def onestep(args):
     D(λ) = Σ_j E[g_j] E[u_j] / (√E[u_j²] + ε),  u = clip(g + λ m),  is the expected first-order gain of a step of Adam
     whose second moments have converged: idealised. It is given relative to λ = 0. The unit is a minibatch as in
     training, after one real update of its rollout; E[g] E[u] is from products of different ones. The answer is yes if
-    the 95 % interval of the gain is above 0, and no if it is below 1 %.
+    the 95 % interval of the gain is above 0, and no if it is below 1 %. Beside it: a plain step along u, each at its best
+    length, and Adam with the second moments that the run's optimizer has.
     """
     found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
     lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain "
              "of one step over that with λ = 0, in %; ± 95 % by the jackknife.", ""]  # fmt: skip
-    rows = [(lam, *(cell(found[f"{kind}/gain_{lam:g}"]) for kind in ("policy", "ce"))) for lam in LAMS]
-    lines += [*markdown(["λ", "m of policy", "m of ce"], rows), ""]
+    columns = list(itertools.product(("policy", "ce"), STEPS))
+    head = [f"{kind}: {STEPS[step]}" for kind, step in columns]
+    rows = []
+    for lam in LAMS:
+        gains = [found.get(f"{kind}/{step}_{lam:g}", (math.nan, math.nan)) for kind, step in columns]
+        rows.append([lam, *map(cell, gains)])
+    lines += [*markdown(["λ", *head], rows), ""]
 
     lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it "
                  "gains in the other, in % (means of the two).")  # fmt: skip
-    rows = []
+    columns, rows = [(kind, step) for kind, step in columns if step != "own"], []
     for size in SIZES:
-        if f"policy/lam_at_{size}" in found:
+        if f"policy/gain_at_{size}" in found:
             row = [size]
-            for kind in ("policy", "ce"):
-                row += [round(found[f"{kind}/lam_at_{size}"], 3), cell(found[f"{kind}/gain_at_{size}"])]
+            for kind, step in columns:
+                lam, gain = found[f"{kind}/{step}_lam_at_{size}"], found[f"{kind}/{step}_at_{size}"]
+                row.append(f"λ {lam:.3f}: {cell(gain)}")
             rows.append(row)
-    lines += [*markdown(["responses", "policy: λ", "policy: gain", "ce: λ", "ce: gain"], rows), ""]
+    head = [f"{kind}: {STEPS[step]}" for kind, step in columns]
+    lines += [*markdown(["responses", *head], rows), ""]
 
     for kind in ("policy", "ce"):
         cos, noise_g, noise_m = (found[f"{kind}/{key}"] for key in ("cos", "noise_g", "noise_m"))
@@ -636,9 +645,9 @@ def measure_step(folder, name, rollouts, device):
     responses = cfg.prompts_per_step * cfg.num_generations // 2
     found = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
     found["L_eta"] = interval([each["L_eta"] for each in numbers])
+    moments_P = second_moments(state[2], list(state[0].parameters()))
     for kind, m in (("policy", m_policy), ("ce", m_ce)):
-        halves = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
-        for key, value in gains_of_steps(g, m, halves, responses).items():
+        for key, value in gains_of_steps(g, m, responses, moments_P).items():
             found[f"{kind}/{key}"] = value
     halves = [gains_by_lam(g[rows], m_policy[rows])[:, 0] for rows in HALVES]
     for proxy in PROXIES:
@@ -689,10 +698,23 @@ def clipped(u):
     return u / u.norm(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-def step_gains(g_NP, u_NP, sizes=(1.0,)):
-    """D of `onestep` for steps along u: (S, 1 + parts), of all N minibatches, then without each of some parts of them.
+def second_moments(optimizer, params):
+    """Adam's second moments of some parameters, without their bias, (P,); None before its first step."""
+    if not optimizer.state:
+        return None
+    beta, moments = optimizer.param_groups[0]["betas"][1], []
+    for p in params:
+        state = optimizer.state[p]
+        moments.append(state["exp_avg_sq"].flatten() / (1 - beta ** state["step"].item()))
+    return torch.cat(moments)
+
+
+def step_gains(g_NP, u_NP, sizes=(1.0,), step="gain", moments_P=None):
+    """What steps along u gain: (S, 1 + parts), of all N minibatches, then without each of some parts of them.
 
     sizes: of a minibatch in units of those given, each below N. Then E[u²] = (E u)² + s²/size, s² the variance.
+    step: "gain" is D of `onestep`, "own" D with moments_P for E[u²]. "plain" is a plain step of its best length, if the
+    curvature is the same in all directions: <E g, E u>² / E‖u‖², with the sign of <E g, E u>.
     """
     terms, parts = (g_NP, u_NP, g_NP * u_NP, u_NP.square()), min(PARTS, len(g_NP))
     whole, size_S1 = [x.sum(0) for x in terms], torch.tensor(sizes)[:, None]
@@ -703,16 +725,20 @@ def step_gains(g_NP, u_NP, sizes=(1.0,)):
         product = (g * u - gu) / (n * (n - 1))  # E[g_j] E[u_j], from products of different minibatches
         variance = (uu - u.square() / n) / (n - 1)
         square_SP = (u / n).square() + variance * (1 / size_S1 - 1 / n)
-        gains.append((product / (square_SP.clamp(min=0).sqrt() + ADAM_EPS)).sum(1))
+        if step == "plain":
+            gains.append(product.sum() * product.sum().abs() / square_SP.sum(1))
+        else:
+            square_SP = moments_P[None] if step == "own" else square_SP.clamp(min=0)
+            gains.append((product / (square_SP.sqrt() + ADAM_EPS)).sum(1))
     return torch.stack(gains, 1)
 
 
-def gains_by_lam(g, m, sizes=(1.0,), clip=True):
+def gains_by_lam(g, m, sizes=(1.0,), clip=True, step="gain", moments_P=None):
     """step_gains along g + λ m for the λ of LAMS: (len(LAMS), S, 1 + parts)."""
     gains = []
     for lam in LAMS:
         u = g + lam * m
-        gains.append(step_gains(g, clipped(u) if clip else u, sizes))
+        gains.append(step_gains(g, clipped(u) if clip else u, sizes, step, moments_P))
     return torch.stack(gains)
 
 
@@ -743,19 +769,24 @@ def chosen_on_one_half(even, odd):
     return statistics.fmean(lams), mean_of(gains)
 
 
-def gains_of_steps(g, m, halves, responses):
+def gains_of_steps(g, m, responses, moments_P):
     """What one kind of m adds to a step, as a dict: gains by λ and by size of minibatch, and how g and m lie."""
-    found, gains = {}, gains_by_lam(g, m)[:, 0]
-    for lam, gain in zip(LAMS, gains):
-        found[f"gain_{lam:g}"] = relative_gain(gain, gains[LAMS.index(0.0)])
+    found = {}
+    for step in ("gain", "plain") if moments_P is None else STEPS:
+        gains = gains_by_lam(g, m, step=step, moments_P=moments_P)[:, 0]
+        for lam, gain in zip(LAMS, gains):
+            found[f"{step}_{lam:g}"] = relative_gain(gain, gains[LAMS.index(0.0)])
+    halves = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
     found["best_lam"], found["best_gain"] = chosen_on_one_half(*halves)
     half = len(g) // 2
     fewest = half - math.ceil(half / PARTS)  # minibatches in a half, without a part
     sizes = [size for size in SIZES if size < fewest * responses]
     in_minibatches = [size / responses for size in sizes]
-    even, odd = [gains_by_lam(g[rows], m[rows], in_minibatches, clip=False) for rows in HALVES]
-    for i, size in enumerate(sizes):
-        found[f"lam_at_{size}"], found[f"gain_at_{size}"] = chosen_on_one_half(even[:, i], odd[:, i])
+    for step in ("gain", "plain"):
+        even, odd = [gains_by_lam(g[rows], m[rows], in_minibatches, clip=False, step=step) for rows in HALVES]
+        for i, size in enumerate(sizes):
+            lam, gain = chosen_on_one_half(even[:, i], odd[:, i])
+            found[f"{step}_lam_at_{size}"], found[f"{step}_at_{size}"] = lam, gain
     g2, c, v2 = across(g, g), across(g, m), across(m, m)
     found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan  # noise can make a square negative
     found["noise_g"] = 100 - 100 * g2 / g.square().sum(1).mean().item()

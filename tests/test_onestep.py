@@ -18,8 +18,8 @@ def gradients(n, mean_g, mean_m, noise_g, noise_m):
     return g, mean_m + noise_m * torch.randn(n, len(mean_m))
 
 
-def gain(g, u, size=1.0):
-    return evaluation.step_gains(g, u, [size])[0, 0].item()
+def gain(g, u, size=1.0, **kwargs):
+    return evaluation.step_gains(g, u, [size], **kwargs)[0, 0].item()
 
 
 def halves_of(g, m):
@@ -36,6 +36,10 @@ def test_the_gain_of_normal_gradients_has_a_closed_form():
             U, variance = G + lam * M, (1 + 4 * lam**2) / size
             adam = (G * U / (U.square() + variance).sqrt()).sum().item()
             assert gain(g, g + lam * m, size) == pytest.approx(adam, rel=0.03, abs=0.05)
+            plain = (G @ U) * (G @ U).abs() / (U @ U + 50 * variance)
+            assert gain(g, g + lam * m, size, step="plain") == pytest.approx(plain.item(), rel=0.06, abs=0.05)
+        own = {"step": "own", "moments_P": torch.full((50,), 4.0)}
+        assert gain(g, g + lam * m, **own) == pytest.approx((G @ U).item() / 2, rel=0.03, abs=0.05)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
