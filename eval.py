@@ -470,7 +470,7 @@ def all_updates_but_the_last(cfg, model, heads, optimizer, seed):
         mb.setdefault("old_mtp", logp_mtp.detach())
         loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, mb["adv"], algo)
         optimizer.zero_grad()
-        (rl.trunk_loss(logp, mb, algo) + loss_heads).backward()
+        (rl.trunk_policy_loss(logp, mb, algo) + loss_heads).backward()
         torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
         torch.nn.utils.clip_grad_norm_(list(heads.parameters()), 1.0)
         optimizer.step()
@@ -671,7 +671,7 @@ def measure_minibatch(cfg, before, moved, mb, heads_at_rollout):
     _, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     m_ce = occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk)
     logp, _, _ = rl.logprobs(before, None, mb, cfg)
-    g_before = occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(before.parameters()))
+    g_before = occ.flat_grad(rl.trunk_policy_loss(logp, mb, algo), list(before.parameters()))
     u = torch.cat([p.grad.flatten() for p in trunk])  # along which the update went
     vector = torch.nn.utils.parameters_to_vector
     delta = vector(before.parameters()).detach() - vector(trunk).detach()

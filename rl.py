@@ -588,7 +588,7 @@ def informative(reward_PG):
 
 def rollout(model, heads, tok, problems, algo, cfg, generator):
     """The samples of one step. With dynamic sampling (DAPO §3.2) prompts without a gradient are replaced by new ones from
-    the iterator `problems`, until ROUNDS times prompts were drawn; what is missing then stays missing.
+    the iterator `problems`. It draws at most ROUNDS times; what is missing then stays missing.
 
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
@@ -689,7 +689,8 @@ def advantages(reward_PG, kind):
 def token_weights(mask_BKT, loss_agg, max_new_tokens):
     """How much each token counts in a loss, (weight * x).sum(): (B, K, T-1), 0 off the mask.
 
-    At each depth the weights add up to 1, but for "constant". Made once for the whole minibatch, so that cutting it into shares, or padding it, changes nothing.
+    At each depth the weights add up to 1, except for "constant". They are made once for the whole minibatch, so that
+    cutting it into shares, or padding it, changes nothing.
     """
     m, B = mask_BKT.float(), len(mask_BKT)
     if loss_agg == "token":
@@ -727,7 +728,7 @@ def kl_to_base(logp_BT, mb):
     return (mb["weight"] * (log_r.exp() - 1 - log_r)).sum()
 
 
-def trunk_loss(logp_BT, mb, algo):
+def trunk_policy_loss(logp_BT, mb, algo):
     """The policy loss of the trunk, and where the method has one the KL to its base."""
     loss = policy_loss(logp_BT, mb["old"], mb["adv"], mb["mask"], mb["weight"], algo)
     return loss + algo.kl_coef * kl_to_base(logp_BT, mb)
@@ -817,8 +818,8 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
     """What the forward pass of an update tells of trunk and heads; first: of the first update after the rollout."""
     metrics = {}
     if first:
-        # The gap is to the sampler's log-probs, of this minibatch. The agreement is the share of tokens that a speculative sampler would
-        # accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
+        # The gap is to the sampler's log-probs, in this minibatch. The agreement is the share of tokens that a speculative
+        # sampler would accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
         metrics["rollout/logp_gap"] = largest((logp_BT.detach() - mb["logp"]).abs() * mb["mask"])
         accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
         scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
@@ -852,7 +853,7 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     movement changes: Δ_MTP of the paper knows no other.
     """
     logp, logp_mtp, h = logprobs(model, heads, mb, cfg)  # the doors open
-    losses = [trunk_loss(logp, mb, algo), mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)]
+    losses = [trunk_policy_loss(logp, mb, algo), mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)]
     g, m = [occ.flat_grad(loss, list(model.parameters())) for loss in losses]
     terms = occ.exact_terms(g, m, cfg.lam_plus)
     terms["lam_logprob"] = occ.logprob_coefficient(*deltas, cfg.lam_plus).item()

@@ -482,7 +482,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         metrics = rl.update_metrics(logp, logp_mtp, mb, adv_mtp, algo, first=update == 0)
 
         # 3 policy loss of the trunk
-        loss_rl = rl.trunk_loss(logp, mb, algo)
+        loss_rl = rl.trunk_policy_loss(logp, mb, algo)
         # 4 MTP loss: what enters the trunk, and what the heads learn by (in most regimes the same)
         loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
         loss_heads = loss_mtp

@@ -134,7 +134,7 @@ def loss_case(spread=1.5):
 def whole_loss(name, case, weight=None):
     algo = rl.ALGOS[name]
     weight = rl.token_weights(case["mask"][:, None], algo.loss_agg, 8)[:, 0] if weight is None else weight
-    return rl.trunk_loss(case["logp"], case | {"weight": weight}, algo)
+    return rl.trunk_policy_loss(case["logp"], case | {"weight": weight}, algo)
 
 
 @pytest.mark.parametrize("spread", (0.05, 3.0))  # inside the clip, and far beyond it and the dual clip
