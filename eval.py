@@ -1145,9 +1145,8 @@ def write_tables(out, runs, steps):
         row = [cell(interval([final(records, suite) for records in seeds.values()])) for suite in suites]
         row.append(cell(interval([records[0]["eval/score"] for records in seeds.values()])))
         for third in ("early", "late"):
-            row.append(
-                cell(interval([statistic(records, third, "occ/lam") for records in seeds.values()]), 3)
-            )
+            lams = [statistic(records, third, "occ/lam") for records in seeds.values()]
+            row.append(cell(interval(lams), 3))
         scores.append([label, len(seeds), *row])
         to_detach = [differences(runs, label, "detach", key=suite) for suite in suites]
         if label != "detach" and to_detach[0]:

@@ -128,12 +128,8 @@ class Config:
         kept = [step for step in self.keep.split(",") if step]
         need("keep", all(map(str.isdecimal, kept)), "a comma list of steps, as 0,25,60")
         need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
-        prompts = self.prompts_per_step
-        need(
-            "updates_per_rollout",
-            self.updates_per_rollout <= prompts,
-            f"at most prompts_per_step = {prompts}",
-        )
+        most = self.prompts_per_step
+        need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
         algo = rl.ALGOS[self.algo]
         in_groups = algo.advantage != "batch" or algo.dynamic_sampling
         need("num_generations", self.num_generations > 1 or not in_groups, "2 or more (1 with reinforce)")

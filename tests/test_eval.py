@@ -74,7 +74,7 @@ def test_explain_shows_where_lambda_comes_from(small, capsys):
     c, v2 = (float(re.search(rf"{name} = ([-\d.e+]+)", out)[1]) for name in ("ĉ", "v̂²"))
     lam = float(re.search(r"ratio of sums \(paper\): +([-\d.]+)", out)[1])
     assert v2 > 0 and lam == pytest.approx(c / v2, rel=1e-2, abs=1e-3)
-    assert "(released code)" in out and "exact gradients" in out
+    assert "mean of ratios" in out and "(released code)" in out and "exact gradients" in out
 
 
 def test_math_verify_is_asked_about_formulas_only(monkeypatch):

@@ -123,7 +123,7 @@ def parts_of(model):
 @pytest.mark.parametrize("design", ("sequential", "parallel"))
 @pytest.mark.parametrize("impl", ("naive", "chunked"))
 @pytest.mark.parametrize("tied", (False, True))
-@pytest.mark.parametrize("regime", ("detach", "ce", "occ"))
+@pytest.mark.parametrize("regime", ("detach", "ce", "policy", "occ", "exact"))
 def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
     """In detach nothing, else λ times what open doors let through. What the heads learn does not depend on λ."""
     model, heads = tiny(tied=tied, design=design)
