@@ -81,7 +81,8 @@ def read_metrics(folder):
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if not lines:
         raise ValueError(f"{path}: empty: the run never began; start it again")
-    header, *records = [rl.parse_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
+    records = [rl.parse_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
+    header = records.pop(0)
     try:
         version, _ = header["versions"]["nanoocc"], header["config"]["regime"]
     except (KeyError, TypeError):
@@ -272,9 +273,8 @@ def score(args):
             notes.append(", ".join([name, *(f"{key} {value:.2f}" for key, value in drafted.items())]))
     overall = [cell(mean_of(column)) for column in zip(*intervals)]  # each suite counts alike
     rows.append(["all", sum(row[1] for row in rows), *overall])
-    if set(map(rl.label, suites)) & set(rl.COMPETITION):
-        notes.append("Competition problems are far beyond a small model trained from scratch: a score near zero is what to "
-                     "expect of one, and what is above zero may well be guessed.")  # fmt: skip
+    if any(rl.label(suite) in rl.COMPETITION for suite in suites):
+        notes.append("Competition problems are far beyond a small model: a score above zero may well be luck.")
     return [*markdown(["suite", "problems", f"avg@{args.k}", *(f"pass@{k}" for k in ks)], rows), *notes]
 
 
@@ -557,21 +557,18 @@ def draw_tokens(path, tok, mb, product, square, responses=8):
 # One step: what would MTP add to it?
 
 LAMS = [-0.5, -0.2, -0.1, -0.05, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-SIZES = [16, 32, 64, 128, 256, 512, 1024]  # responses a minibatch
+ZERO = LAMS.index(0.0)
+SIZES = [16, 32, 64, 128, 256, 512]  # responses a minibatch
 MARKED = (64, 512)  # what training has by default, and what the paper has
 ADAM_EPS = 1e-8
-STEPS = {"gain": "Adam", "plain": "plain step", "own": "Adam, own moments"}
 PARTS = 12  # which the jackknife leaves out, one at a time; fewer of fewer minibatches
 HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the minibatches
-PROXIES = {  # of λ: a number that is measured for each minibatch, or a constant; and its name
+PROXIES = {  # a λ that is measured for each minibatch, and its name
     "lam_logprob": "log-probs (paper)",
     "lam_released": "mean of ratios × 0.1",
     "lam_hidden": "hidden states",
     "lam_frozen": "log-probs, frozen heads",
     "lam_star": "exact c/v²",
-    "0": "constant 0",
-    "0.05": "constant 0.05",
-    "0.1": "constant 0.1",
 }
 
 
@@ -581,34 +578,28 @@ def onestep(args):
     D(λ) = Σ_j E[g_j] E[u_j] / (√E[u_j²] + ε),  u = clip(g + λ m),  is the expected first-order gain of a step of Adam
     whose second moments have converged: idealised. It is given relative to λ = 0. The unit is a minibatch as in
     training, after one real update of its rollout; E[g] E[u] is from products of different ones. The answer is yes if
-    the 95 % interval of the gain is above 0, and no if it is below 1 %. Beside it: a plain step along u, each at its best
-    length, and Adam with the second moments that the run's optimizer has.
+    the 95 % interval of the gain is above 0, and no if it is below 1 %.
     """
     found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
-    lines = [f"{args.run}, {args.checkpoint}: {found['minibatches']} minibatches of {found['responses']} responses. Gain "
-             "of one step over that with λ = 0, in %; ± 95 % by the jackknife.", ""]  # fmt: skip
-    columns = list(itertools.product(("policy", "ce"), STEPS))
-    head = [f"{kind}: {STEPS[step]}" for kind, step in columns]
+    of = f"{found['minibatches']} minibatches of {found['responses']} responses"
+    lines = [f"{args.run}, {args.checkpoint}, {of}. Gain of one step over that with λ = 0, in %; ± 95 % (jackknife):", ""]
     rows = []
     for lam in LAMS:
-        gains = [found.get(f"{kind}/{step}_{lam:g}", (math.nan, math.nan)) for kind, step in columns]
-        rows.append([lam, *map(cell, gains)])
-    lines += [*markdown(["λ", *head], rows), ""]
+        rows.append([lam, cell(found[f"policy/gain_{lam:g}"]), cell(found[f"ce/gain_{lam:g}"])])
+    lines += [*markdown(["λ", "m of policy", "m of ce"], rows), ""]
 
-    lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it "
-                 "gains in the other, in % (means of the two).")  # fmt: skip
-    columns, rows = [(kind, step) for kind, step in columns if step != "own"], []
+    rows = []
     for size in SIZES:
-        if f"policy/gain_at_{size}" in found:
-            row = [size]
-            for kind, step in columns:
-                lam, gain = found[f"{kind}/{step}_lam_at_{size}"], found[f"{kind}/{step}_at_{size}"]
-                row.append(f"λ {lam:.3f}: {cell(gain)}")
-            rows.append(row)
-    head = [f"{kind}: {STEPS[step]}" for kind, step in columns]
-    lines += [*markdown(["responses", *head], rows), ""]
+        row = [size]
+        for kind in ("policy", "ce"):
+            gain = found.get(f"{kind}/gain_at_{size}", (math.nan, math.nan))
+            row += [found.get(f"{kind}/lam_at_{size}", "–"), cell(gain)]
+        rows.append(row)
+    lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it gains "
+                 "in the other (means of the two):")  # fmt: skip
+    lines += [*markdown(["responses", "λ, policy", "gain", "λ, ce", "gain"], rows), ""]
 
     for kind in ("policy", "ce"):
         cos, noise_g, noise_m = (found[f"{kind}/{key}"] for key in ("cos", "noise_g", "noise_m"))
@@ -616,7 +607,7 @@ def onestep(args):
                      f"{noise_m:.0f} % is noise")  # fmt: skip
     lines.append(f"Lη of Adam's steps on fresh samples {cell(found['L_eta'], 3)} (of the clipped surrogate)")
     for kind in ("policy", "ce"):
-        lam, (mean, half) = found[f"{kind}/best_lam"], found[f"{kind}/best_gain"]
+        lam, (mean, half) = found[f"{kind}/best/lam"], found[f"{kind}/best/gain"]
         answer = "yes" if mean > half else "no" if mean + half < 1 else "cannot be told"
         lines.append(f"Would MTP help this run, through m of {kind}? {answer}: at the λ that one half of the minibatches "
                      f"chooses (mean of both halves {lam:g}) a step gains {cell((mean, half))} % in the other.")  # fmt: skip
@@ -645,16 +636,13 @@ def measure_step(folder, name, rollouts, device):
     responses = cfg.prompts_per_step * cfg.num_generations // 2
     found = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
     found["L_eta"] = interval([each["L_eta"] for each in numbers])
-    moments_P = second_moments(state[2], list(state[0].parameters()))
     for kind, m in (("policy", m_policy), ("ce", m_ce)):
-        for key, value in gains_of_steps(g, m, responses, moments_P).items():
+        for key, value in gains_of_steps(g, m, responses).items():
             found[f"{kind}/{key}"] = value
-    halves = [gains_by_lam(g[rows], m_policy[rows])[:, 0] for rows in HALVES]
     for proxy in PROXIES:
-        measured = proxy.startswith("lam_")
-        lam_N = torch.tensor([each[f"occ/{proxy}"] if measured else float(proxy) for each in numbers])
-        for key, value in value_of_a_proxy(g, m_policy, lam_N, halves).items():
-            found[f"{proxy}/{key}"] = value
+        lam_N = torch.tensor([each[f"occ/{proxy}"] for each in numbers])
+        found[f"{proxy}/lam"] = lam_N.mean().item()
+        found[f"{proxy}/gain"] = gain_of_a_proxy(g, m_policy, lam_N)
     return found
 
 
@@ -698,23 +686,10 @@ def clipped(u):
     return u / u.norm(dim=-1, keepdim=True).clamp(min=1.0)
 
 
-def second_moments(optimizer, params):
-    """Adam's second moments of some parameters, without their bias, (P,); None before its first step."""
-    if not optimizer.state:
-        return None
-    beta, moments = optimizer.param_groups[0]["betas"][1], []
-    for p in params:
-        state = optimizer.state[p]
-        moments.append(state["exp_avg_sq"].flatten() / (1 - beta ** state["step"].item()))
-    return torch.cat(moments)
-
-
-def step_gains(g_NP, u_NP, sizes=(1.0,), step="gain", moments_P=None):
-    """What steps along u gain: (S, 1 + parts), of all N minibatches, then without each of some parts of them.
+def step_gains(g_NP, u_NP, sizes=(1.0,)):
+    """D of `onestep` along u: (S, 1 + parts), of all N minibatches, then without each of some parts of them.
 
     sizes: of a minibatch in units of those given, each below N. Then E[u²] = (E u)² + s²/size, s² the variance.
-    step: "gain" is D of `onestep`, "own" D with moments_P for E[u²]. "plain" is a plain step of its best length, if the
-    curvature is the same in all directions: <E g, E u>² / E‖u‖², with the sign of <E g, E u>.
     """
     terms, parts = (g_NP, u_NP, g_NP * u_NP, u_NP.square()), min(PARTS, len(g_NP))
     whole, size_S1 = [x.sum(0) for x in terms], torch.tensor(sizes)[:, None]
@@ -725,20 +700,16 @@ def step_gains(g_NP, u_NP, sizes=(1.0,), step="gain", moments_P=None):
         product = (g * u - gu) / (n * (n - 1))  # E[g_j] E[u_j], from products of different minibatches
         variance = (uu - u.square() / n) / (n - 1)
         square_SP = (u / n).square() + variance * (1 / size_S1 - 1 / n)
-        if step == "plain":
-            gains.append(product.sum() * product.sum().abs() / square_SP.sum(1))
-        else:
-            square_SP = moments_P[None] if step == "own" else square_SP.clamp(min=0)
-            gains.append((product / (square_SP.sqrt() + ADAM_EPS)).sum(1))
+        gains.append((product / (square_SP.clamp(min=0).sqrt() + ADAM_EPS)).sum(1))
     return torch.stack(gains, 1)
 
 
-def gains_by_lam(g, m, sizes=(1.0,), clip=True, step="gain", moments_P=None):
+def gains_by_lam(g, m, sizes=(1.0,), clip=True):
     """step_gains along g + λ m for the λ of LAMS: (len(LAMS), S, 1 + parts)."""
     gains = []
     for lam in LAMS:
         u = g + lam * m
-        gains.append(step_gains(g, clipped(u) if clip else u, sizes, step, moments_P))
+        gains.append(step_gains(g, clipped(u) if clip else u, sizes))
     return torch.stack(gains)
 
 
@@ -749,10 +720,17 @@ def relative_gain(gain, gain_0):
     """
     if (gain_0 <= 0).any():
         return math.nan, math.nan
-    whole, *left_out = (100 * (gain / gain_0 - 1)).tolist()
+    percent = (100 * (gain / gain_0 - 1)).tolist()
+    left_out = percent[1:]
     freedom = len(left_out) - 1
     variance = freedom**2 / len(left_out) * statistics.variance(left_out)
-    return whole, student_t(freedom) * variance**0.5
+    return percent[0], student_t(freedom) * variance**0.5
+
+
+def gain_of_a_proxy(g, m, lam_N):
+    """What steps along g_i + λ_i m_i gain over those with λ = 0."""
+    u = g + lam_N[:, None] * m
+    return relative_gain(step_gains(g, clipped(u))[0], step_gains(g, clipped(g))[0])
 
 
 def chosen_on_one_half(even, odd):
@@ -765,46 +743,30 @@ def chosen_on_one_half(even, odd):
     for here, there in ((even, odd), (odd, even)):
         best = int(here[:, 0].argmax())
         lams.append(LAMS[best])
-        gains.append(relative_gain(there[best], there[LAMS.index(0.0)]))
+        gains.append(relative_gain(there[best], there[ZERO]))
     return statistics.fmean(lams), mean_of(gains)
 
 
-def gains_of_steps(g, m, responses, moments_P):
+def gains_of_steps(g, m, responses):
     """What one kind of m adds to a step, as a dict: gains by λ and by size of minibatch, and how g and m lie."""
     found = {}
-    for step in ("gain", "plain") if moments_P is None else STEPS:
-        gains = gains_by_lam(g, m, step=step, moments_P=moments_P)[:, 0]
-        for lam, gain in zip(LAMS, gains):
-            found[f"{step}_{lam:g}"] = relative_gain(gain, gains[LAMS.index(0.0)])
+    gains = gains_by_lam(g, m)[:, 0]
+    for lam, gain in zip(LAMS, gains):
+        found[f"gain_{lam:g}"] = relative_gain(gain, gains[ZERO])
     halves = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
-    found["best_lam"], found["best_gain"] = chosen_on_one_half(*halves)
+    found["best/lam"], found["best/gain"] = chosen_on_one_half(*halves)
     half = len(g) // 2
     fewest = half - math.ceil(half / PARTS)  # minibatches in a half, without a part
     sizes = [size for size in SIZES if size < fewest * responses]
     in_minibatches = [size / responses for size in sizes]
-    for step in ("gain", "plain"):
-        even, odd = [gains_by_lam(g[rows], m[rows], in_minibatches, clip=False, step=step) for rows in HALVES]
-        for i, size in enumerate(sizes):
-            lam, gain = chosen_on_one_half(even[:, i], odd[:, i])
-            found[f"{step}_lam_at_{size}"], found[f"{step}_at_{size}"] = lam, gain
+    even, odd = [gains_by_lam(g[rows], m[rows], in_minibatches, clip=False) for rows in HALVES]
+    for i, size in enumerate(sizes):
+        found[f"lam_at_{size}"], found[f"gain_at_{size}"] = chosen_on_one_half(even[:, i], odd[:, i])
     g2, c, v2 = across(g, g), across(g, m), across(m, m)
     found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan  # noise can make a square negative
     found["noise_g"] = 100 - 100 * g2 / g.square().sum(1).mean().item()
     found["noise_m"] = 100 - 100 * v2 / m.square().sum(1).mean().item()
     return found
-
-
-def value_of_a_proxy(g, m, lam_N, halves):
-    """Of steps along g_i + λ_i m_i: mean of λ_i, gain over λ = 0, and regret against the best constant λ.
-
-    That constant is the best by the other half of the minibatches; the regret is the mean of both halves.
-    """
-    u, regrets = clipped(g + lam_N[:, None] * m), []
-    for rows, here, there in ((HALVES[0], *halves), (HALVES[1], *halves[::-1])):
-        mean, half = relative_gain(step_gains(g[rows], u[rows])[0], here[there[:, 0].argmax()])
-        regrets.append((-mean, half))
-    gain = relative_gain(step_gains(g, u)[0], step_gains(g, clipped(g))[0])
-    return {"lam": lam_N.mean().item(), "gain": gain, "regret": mean_of(regrets)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -825,6 +787,7 @@ REPRODUCED = {  # the first is what the others are compared with
 }
 DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
+JUDGED = PROXIES | {"policy/best": "best constant"}
 STATES = "ckpt-0 ckpt-25 ckpt-60 ckpt-120 ckpt".split()  # of detach and of occ, where one step is measured
 
 
@@ -1042,30 +1005,19 @@ def predictions(runs, steps):
     return rows
 
 
-def ranks(x):
-    """Of a list of numbers; equal ones share theirs."""
-    x = np.array(x)
-    return (x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2
-
-
 def judged_proxies(runs):
-    """Rows of a table, over the states of occ: λ of each proxy less the best constant λ of the state (bias), rank
-    correlation of the two, regret in %."""
+    """Rows of a table, over the states of occ: λ of each proxy less the best constant λ of the state (bias), and what a
+    step gains with it over λ = 0, in %. The last row is that constant, which is chosen on other minibatches.
+    """
     rows = []
-    for name, title in PROXIES.items():
-        bias, correlation, regret = [], [], []
+    for name, title in JUDGED.items():
+        bias, gain = [], []
         for records in runs.get("occ", {}).values():
             states = [r for r in records if f"onestep/{name}/lam" in r]
-            if not states:
-                continue
-            lam = [r[f"onestep/{name}/lam"] for r in states]
-            best = [r["onestep/policy/best_lam"] for r in states]
-            bias.append(statistics.fmean(np.subtract(lam, best)))
-            regret.append(interval([r[f"onestep/{name}/regret"] for r in states])[0])
-            constant = len(set(lam)) == 1 or len(set(best)) == 1
-            correlation.append(math.nan if constant else float(np.corrcoef(ranks(lam), ranks(best))[0, 1]))
-        intervals = cell(interval(bias), 2), cell(interval(correlation), 2), cell(interval(regret))
-        rows.append([title, len(bias), *intervals])
+            gaps = [r[f"onestep/{name}/lam"] - r["onestep/policy/best/lam"] for r in states]
+            bias.append(interval(gaps)[0])
+            gain.append(interval([r[f"onestep/{name}/gain"] for r in states])[0])
+        rows.append([title, len(bias), cell(interval(bias), 2), cell(interval(gain))])
     return rows
 
 
@@ -1084,16 +1036,13 @@ def draw(out, steps):
     draw_panels(out / "2-terms.png", [(with_mtp, CORRELATION), (with_mtp, PENALTY), (with_mtp, cos)])
     draw_panels(out / "3-decomposition.png", [(with_mtp, FIRST_ORDER), (with_mtp, SECOND_ORDER)])
 
-    occ_runs, lam, regret = groups.get("occ", []), {}, {}
-    lam["best constant λ"] = one_line(occ_runs, "policy/best_lam")
-    for name, title in PROXIES.items():
-        if name.startswith("lam_"):
-            lam[title] = one_line(occ_runs, f"{name}/lam")
-        regret[title] = one_line(occ_runs, f"{name}/regret")
+    occ_runs, lam, gain = groups.get("occ", []), {}, {}
+    for name, title in JUDGED.items():
+        lam[title], gain[title] = one_line(occ_runs, f"{name}/lam"), one_line(occ_runs, f"{name}/gain")
     # Where few minibatches say little, intervals go beyond the limits.
     draw_panels(out / "4-proxies.png", [
         (lam, Panel("occ: λ of each proxy", "mean over minibatches", "y", "symlog")),
-        (regret, Panel("occ: a step's loss against the best constant λ", "regret, %", "y", limits=(-10, 25))),
+        (gain, Panel("occ: gain of a step of Adam over λ = 0", "%", "y", limits=(-25, 10))),
     ])  # fmt: skip
 
     cosines, gains, by_size = {}, {}, {}
@@ -1156,7 +1105,7 @@ def write_tables(out, runs, steps):
     if "detach" in runs:
         head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
         write_table(out / "predictions", head, predictions(runs, steps))
-    head = ["λ", "n", "bias", "rank correlation", "regret, %"]
+    head = ["λ", "n", "bias", "gain of a step, %"]
     write_table(out / "proxies", head, judged_proxies(runs))
     head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
     write_table(out / "claims", head, judged_claims(runs))

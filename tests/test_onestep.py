@@ -18,8 +18,8 @@ def gradients(n, mean_g, mean_m, noise_g, noise_m):
     return g, mean_m + noise_m * torch.randn(n, len(mean_m))
 
 
-def gain(g, u, size=1.0, **kwargs):
-    return evaluation.step_gains(g, u, [size], **kwargs)[0, 0].item()
+def gain(g, u, size=1.0):
+    return evaluation.step_gains(g, u, [size])[0, 0].item()
 
 
 def halves_of(g, m):
@@ -36,10 +36,6 @@ def test_the_gain_of_normal_gradients_has_a_closed_form():
             U, variance = G + lam * M, (1 + 4 * lam**2) / size
             adam = (G * U / (U.square() + variance).sqrt()).sum().item()
             assert gain(g, g + lam * m, size) == pytest.approx(adam, rel=0.03, abs=0.05)
-            plain = (G @ U) * (G @ U).abs() / (U @ U + 50 * variance)
-            assert gain(g, g + lam * m, size, step="plain") == pytest.approx(plain.item(), rel=0.06, abs=0.05)
-        own = {"step": "own", "moments_P": torch.full((50,), 4.0)}
-        assert gain(g, g + lam * m, **own) == pytest.approx((G @ U).item() / 2, rel=0.03, abs=0.05)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
@@ -105,16 +101,13 @@ def test_noise_that_m_shares_with_g_is_taken_out():
     assert lam == -0.5 and mean == pytest.approx(expected, abs=max(2 * half, 15)) and mean > half
 
 
-def test_regret_is_against_the_best_constant():
-    """g = signal - m/2: λ = 0.5 takes the noise out. A proxy that says so regrets nothing, 0 what the noise costs."""
-    m = torch.randn(400, 30) / 30
-    g = 0.02 - 0.5 * m  # short enough for the clip not to bind
-    found = {}
-    for lam in (0.5, 0.0, -0.5):
-        found[lam] = evaluation.value_of_a_proxy(g, m, torch.full((400,), lam), halves_of(g, m))
-    assert found[0.5]["lam"] == 0.5 and abs(found[0.5]["regret"][0]) < 1e-4
-    assert 5 < found[0.0]["regret"][0] < found[-0.5]["regret"][0] < 100
-    assert found[0.0]["gain"] == (0.0, 0.0) and found[-0.5]["gain"][0] < 0 < found[0.5]["gain"][0]
+def test_a_proxy_is_worth_what_its_lambdas_gain():
+    """g = signal - a m, another a in each minibatch: the proxy that says a takes all noise out, the mean of a some."""
+    m, a = torch.randn(400, 30) / 30, torch.rand(400)
+    g = 0.02 - a[:, None] * m  # short enough for the clip not to bind
+    zero, mean, own = [evaluation.gain_of_a_proxy(g, m, lam)[0] for lam in (0 * a, 0 * a + 0.5, a)]
+    noise = 0.02 / (0.02**2 + (1 / 3) / 30**2) ** 0.5  # what is left of a step: mean over √E[g²], E a² = 1/3
+    assert zero == 0 < mean < own and own == pytest.approx(100 * (1 / noise - 1), rel=0.05)
 
 
 def test_a_step_backwards_is_a_loss():
@@ -154,10 +147,6 @@ def test_a_prediction_of_whole_runs():
     assert math.isnan(predicted({0: -120.0, 250: 50.0}, 250))
 
 
-def test_ranks_share_ties():
-    assert evaluation.ranks([3.0, 1.0, 3.0]).tolist() == [2.0, 0.5, 2.0]
-
-
 def test_onestep_of_a_run(small, capsys, monkeypatch):
     cfg = small(regime="occ", keep="2", prompts_per_step=8)
     train.main(cfg)
@@ -179,7 +168,6 @@ def test_onestep_of_a_run(small, capsys, monkeypatch):
     assert found["responses"] == 16 and 8 <= found["minibatches"] <= 12
     # Optimizer.load_state_dict keeps the tensors that it is given: loaded again and again, moments would drift.
     assert len(moments) == 12 and moments[0] > 0 and len(set(moments)) == 1
-    assert found["0/gain"] == [0.0, 0.0]
     lams = {found[f"{proxy}/lam"] for proxy in evaluation.PROXIES}
     assert len(lams) == len(evaluation.PROXIES)  # after a real update no δ is 0
     assert (evaluation.Path(cfg.out) / "ckpt.pt").read_bytes() == weights
