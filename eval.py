@@ -55,7 +55,7 @@ import rl
 from model import GPT, GPTConfig, find_device
 
 VERSION = 2  # of the run folder's format
-CHECKPOINT = ("step", "steps", "seconds", "scores", "model", "heads", "optimizer")  # what ckpt.pt holds
+CHECKPOINT = ("step", "steps", "seconds", "model", "heads", "optimizer")  # what ckpt.pt holds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,6 +71,14 @@ def build(cfg, device):
     torch.manual_seed(cfg.seed)
     shape = GPTConfig(tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
     return GPT(shape).to(device), mtp.MTPHeads(shape, cfg.mtp_depth, cfg.mtp_design).to(device)
+
+
+def new_state(cfg, device):
+    """(trunk, heads, optimizer) of a run before its first step. heads is None in regime off."""
+    model, heads = build(cfg, device)
+    heads = heads if occ.REGIMES[cfg.regime].heads_loss else None
+    params = [*model.parameters(), *(heads.parameters() if heads else [])]
+    return model, heads, torch.optim.Adam(params, cfg.lr, fused=device.type in ("cpu", "cuda"))
 
 
 def read_metrics(folder):
@@ -131,9 +139,7 @@ def load_run(folder, device, name="ckpt.pt", with_heads=False):
         raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
     cfg = SimpleNamespace(**values)
     try:
-        model, heads = build(cfg, device)
-        heads = heads if ckpt["heads"] else None
-        optimizer = torch.optim.Adam([*model.parameters(), *(heads.parameters() if heads else [])], cfg.lr)
+        model, heads, optimizer = new_state(cfg, device)
     except AttributeError as error:
         raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
     if with_heads and not heads:
@@ -482,8 +488,7 @@ def deltas_of(model, heads, mb, cfg):
     with torch.no_grad():
         logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-    released_B = rl.released_lam(logp, logp_mtp, mb, occ.RELEASED_LAM_PLUS / cfg.mtp_depth)
-    return deltas, released_B.mean().item()
+    return deltas, rl.released_lam(logp, logp_mtp, mb).mean().item()
 
 
 def explain(args):
@@ -1152,8 +1157,8 @@ def reporting(prog):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ValueError, *wrong_paths)) else 1)
-    except KeyboardInterrupt as error:
-        print(f"{prog}: interrupted {error}".strip(), file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; a run goes on with: python train.py --resume RUN", file=sys.stderr)
         sys.exit(130)
 
 

@@ -751,10 +751,11 @@ def logprobs(model, heads, mb, cfg, door=1.0):
     return mtp.logprobs(model, heads, mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl, door)
 
 
-def released_lam(logp_BT, logp_BKT, mb, lam_plus):
+def released_lam(logp_BT, logp_BKT, mb):
     """λ of each response (B,) as in the authors' code, where the old log-probs of the heads are the trunk's."""
     old_BKT = mb["old"][:, None].expand_as(logp_BKT)
     deltas = occ.token_deltas(logp_BT, mb["old"], logp_BKT, old_BKT, mb["mask_mtp"])
+    lam_plus = occ.RELEASED_LAM_PLUS / logp_BKT.size(1)
     return occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), lam_plus)
 
 

@@ -85,7 +85,7 @@ class Config:
     lam: float = 1.0  # lambda of the regimes ce and policy
     lam_plus: float = 1.0  # scale of lambda_t in the regimes with a proxy or exact gradients
     occ_proxy: Literal["logprob", "hidden"] = "logprob"  # the paper's, or gradients at the hidden states
-    released: bool = False  # regime occ as in the authors' code; sets lam_plus to 0.1 / mtp_depth
+    released: bool = False  # regime occ as in the authors' code, with a lambda_plus of 0.1 / mtp_depth
     # model
     n_layer: int = 4  # blocks of the trunk
     n_head: int = 4  # attention heads
@@ -136,11 +136,9 @@ class Config:
         drafts = self.speculative and self.regime == "off"
         need("speculative", not drafts, "left out: --regime off has no heads")
         need("released", not self.released or self.regime == "occ", "left out, or with --regime occ")
-        if self.released:
-            lam_plus = occ.RELEASED_LAM_PLUS / self.mtp_depth
-            need("lam_plus", self.lam_plus in (1.0, lam_plus), "left out with --released, which sets it")
-            need("occ_proxy", self.occ_proxy == "logprob", "left out with --released, which has its own")
-            self.lam_plus = lam_plus
+        for name in ("lam_plus", "occ_proxy"):
+            is_default = getattr(self, name) == getattr(Config, name)
+            need(name, is_default or not self.released, "left out with --released, which has its own")
         device = find_device(self.device).type
         if self.logp_impl == "triton":
             why = mtp.why_no_triton(device, torch.float32)
@@ -202,9 +200,22 @@ def progress(steps, name, **kwargs):
     return tqdm(steps, name, disable=None if world()[0] == 0 else True, **kwargs)
 
 
-def stop_requested(stop):
-    """Whether any process was asked to stop: all of them then know, at the same step."""
-    return total(torch.tensor(float(bool(stop)))).item() > 0
+def stop_at_ctrl_c():
+    """A list that fills at the first Ctrl-C or SIGTERM, so that the step can be ended first.
+
+    A second Ctrl-C is the usual exception, except under torchrun, which sends these signals to processes that have had
+    them already.
+    """
+    requests = []
+
+    def handler(signum, frame):
+        requests.append(signum)
+        if not dist.is_torchelastic_launched():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return requests
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,7 +262,7 @@ def pretraining_batch(cfg, step):
     return tokens_BT, (t >= first_B[:, None]) & (t < length_B[:, None])
 
 
-def pretrain(cfg, model, heads, device, stop):
+def pretrain(cfg, model, heads, device):
     """Next-token prediction of solutions: careful ones first, so that the skill is learnt, then the mixture.
 
     The heads join for the last third. Muon for the matrices inside the blocks, AdamW for the rest.
@@ -284,11 +295,9 @@ def pretrain(cfg, model, heads, device, stop):
         for optimizer, _ in optimizers:
             optimizer.step()
         bar.set_postfix(loss=f"{total(loss.detach()).item():.3f}")
-        if stop_requested(stop):
-            raise KeyboardInterrupt(f"during pretraining; go on with: python train.py --resume {cfg.out}")
 
 
-def pretrained(cfg, device, stop=()):
+def pretrained(cfg, device):
     """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
     names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_"))]
     names += ["difficulty", "careless", "tokenizer", "seed", "tied", "logp_impl", "max_new_tokens"]
@@ -307,7 +316,7 @@ def pretrained(cfg, device, stop=()):
     if total(torch.tensor(cached)) < world()[1]:  # by all processes or by none
         say(f"pretraining: {cfg.pretrain_steps} steps of {cfg.pretrain_batch} solutions")
         model, heads = evaluation.build(cfg, device)
-        pretrain(cfg, model, heads, device, stop)
+        pretrain(cfg, model, heads, device)
         if world()[0] == 0:
             save_atomically({"model": model.state_dict(), "heads": heads.state_dict()}, path)
     return {"model": model.state_dict(), "heads": heads.state_dict()}
@@ -379,13 +388,12 @@ class Run:
                 for prompt, text, reward in examples:
                     f.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
 
-    def save(self, cfg, step, scores, model, heads, optimizer):
+    def save(self, cfg, step, model, heads, optimizer):
         if self.metrics:
             state = {
                 "step": step,
                 "steps": cfg.steps,
                 "seconds": self.seconds(),
-                "scores": scores,
                 "model": model.state_dict(),
                 "heads": heads.state_dict() if heads else None,
                 "optimizer": optimizer.state_dict(),
@@ -471,7 +479,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         adv_mtp = mb["adv"]
         if cfg.released:
             # λ multiplies the advantages of the heads, inside the clip, and their old log-probs are the trunk's.
-            lam_B = rl.released_lam(logp, logp_mtp, mb, cfg.lam_plus)
+            lam_B = rl.released_lam(logp, logp_mtp, mb)
             adv_mtp = mb["adv"] * lam_B
             mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
         deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
@@ -527,13 +535,12 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     return record, examples
 
 
-def main(cfg, resume=False, stop=()):
+def main(cfg, resume=False):
     """A new run, or one that goes on from the checkpoint in cfg.out. Returns the exit code.
 
-    stop turns true when the user asks for an end. Raises ValueError where the user is to blame, FloatingPointError on a
-    number that is not finite.
+    Raises ValueError where the user is to blame, FloatingPointError on a number that is not finite.
     """
-    device, tok = set_up(cfg), cfg.tok()
+    device, tok, kl_coef = set_up(cfg), cfg.tok(), rl.ALGOS[cfg.algo].kl_coef
     from_logprobs = occ.REGIMES[cfg.regime].rule == "proxy" and cfg.occ_proxy == "logprob"
     if from_logprobs and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
@@ -543,65 +550,53 @@ def main(cfg, resume=False, stop=()):
             say(f"note: log-probs are computed in chunks, not by the Triton kernels: {why}")
     Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
     run = Run(cfg, resume)
-    model, heads = evaluation.build(cfg, device)
-    heads = heads if occ.REGIMES[cfg.regime].heads_loss else None
-    params = [*model.parameters(), *(heads.parameters() if heads else [])]
-    optimizer = torch.optim.Adam(params, lr=cfg.lr, fused=device.type in ("cpu", "cuda"))
+    model, heads, optimizer = evaluation.new_state(cfg, device)
     ckpt = evaluation.read_run(cfg.out)[1] if resume else None
+    if ckpt:
+        evaluation.load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
     if resume:
-        if ckpt:
-            evaluation.load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
         run.go_on(ckpt)
     else:
         run.write(header(cfg, device))
-    kl, reference = rl.ALGOS[cfg.algo].kl_coef, None
-    base = pretrained(cfg, device, stop) if ckpt is None or kl else None
-    if kl:
+    base = pretrained(cfg, device) if ckpt is None or kl_coef else None
+    reference = None
+    if kl_coef:
         reference = copy.deepcopy(model).requires_grad_(False)
         evaluation.load_weights(base, model=reference)
+    start = ckpt["step"] if ckpt else 0
     if ckpt is None:
         evaluation.load_weights(base, model=model, heads=heads)
-        record = rl.evaluate(model, tok, cfg)
-        start, scores = 0, [record["eval/score"]]
-        run.write({"step": 0, "time": run.seconds()} | record)
-        run.save(cfg, 0, scores, model, heads, optimizer)
-    else:
-        start, scores = ckpt["step"], ckpt["scores"]
-    steps_to_go = f"steps {start + 1} to {cfg.steps}"
-    say(f"reinforcement learning: {cfg.regime}, {steps_to_go}, score {scores[-1]:.1f} at the start")
+        run.write({"step": 0, "time": run.seconds()} | rl.evaluate(model, tok, cfg))
+        run.save(cfg, 0, model, heads, optimizer)
+    say(f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}")
 
-    began, saved = run.seconds(), start
-    bar = progress(range(start + 1, cfg.steps + 1), "train", initial=start, total=cfg.steps)
-    for step in bar:
+    began, saved, stop = run.seconds(), start, stop_at_ctrl_c()
+    for step in progress(range(start + 1, cfg.steps + 1), "train"):
         record, examples = step_of_rl(cfg, model, heads, optimizer, tok, step, reference)
         broken = [name for name, value in record.items() if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(f"step {step}: {broken[0]} is not finite; the last good checkpoint is that of step "
                                      f"{saved}; go on with: python train.py --resume {run.dir}")  # fmt: skip
-        reward, lam = record["reward/mean"], record.get("occ/lam", 0.0)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             record |= rl.evaluate(model, tok, cfg)
-            scores.append(record["eval/score"])
             run.show(step, examples)
-            if bar.disable:
-                left = (run.seconds() - began) / (step - start) * (cfg.steps - step) / 60
-                now = f"reward {reward:.2f}, score {scores[-1]:.1f}, λ {lam:.3f}"
-                say(f"step {step}: {now}, {left:.1f} minutes left")
+            reward, score, lam = record["reward/mean"], record["eval/score"], record.get("occ/lam", 0.0)
+            left = (run.seconds() - began) / (step - start) * (cfg.steps - step) / 60
+            say(f"step {step}: reward {reward:.2f}, score {score:.1f}, λ {lam:.3f}, {left:.1f} minutes left")
         run.write({"step": step, "time": run.seconds()} | record)
-        bar.set_postfix(reward=f"{reward:.2f}", score=f"{scores[-1]:.1f}", lam=f"{lam:.3f}")
-        ending = stop_requested(stop)
-        keep = str(step) in cfg.keep.split(",")
-        if step % cfg.save_every == 0 or step == cfg.steps or keep or ending:
-            run.save(cfg, step, scores, model, heads, optimizer)
+        ending = total(torch.tensor(len(stop))).item() > 0  # any process was asked to: all end at the same step
+        if step % cfg.save_every == 0 or step == cfg.steps or str(step) in cfg.keep.split(",") or ending:
+            run.save(cfg, step, model, heads, optimizer)
             saved = step
         if ending and step < cfg.steps:
-            bar.close()
             say(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
             return 130
     if world()[0] == 0:
         evaluation.plot([run.dir], run.dir / "curves.png")
-    say(f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100 (held out, avg@{cfg.eval_k}) "
-        f"in {run.seconds() / 60:.1f} minutes; the run is in {run.dir}")  # fmt: skip
+        _, records = evaluation.read_metrics(run.dir)
+        scores = [r["eval/score"] for r in records if "eval/score" in r]
+        say(f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100 (held out, avg@{cfg.eval_k}) "
+            f"in {run.seconds() / 60:.1f} minutes; the run is in {run.dir}")  # fmt: skip
     return 0
 
 
@@ -635,27 +630,9 @@ def command_line(argv):
     return cfg, True
 
 
-def on_ctrl_c():
-    """A list that fills at the first Ctrl-C or SIGTERM, to be met at the end of a step.
-
-    A second Ctrl-C is the usual exception, except under torchrun, which sends these signals to processes that have had
-    them already.
-    """
-    requested = []
-
-    def handler(signum, frame):
-        requested.append(signum)
-        if not dist.is_torchelastic_launched():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return requested
-
-
 if __name__ == "__main__":
     with evaluation.reporting("train.py"):
-        code = main(*command_line(sys.argv[1:]), on_ctrl_c())
+        code = main(*command_line(sys.argv[1:]))
         if dist.is_initialized():  # together: a process that went ahead would look dead to the others
             dist.barrier()
             dist.destroy_process_group()

@@ -49,10 +49,7 @@ class Learner:
     def __init__(self, **changes):
         self.cfg = train.Config(**{**dict(lr=1e-9, probe_every=0), **changes})
         self.device = train.set_up(self.cfg)
-        self.model, heads = evaluation.build(self.cfg, self.device)
-        self.heads = None if self.cfg.regime == "off" else heads
-        params = [*self.model.parameters(), *(self.heads.parameters() if self.heads else [])]
-        self.optimizer = torch.optim.Adam(params, lr=self.cfg.lr, fused=True)
+        self.model, self.heads, self.optimizer = evaluation.new_state(self.cfg, self.device)
         self.tok = self.cfg.tok()
 
     def step(self, step):
