@@ -4,20 +4,17 @@ Block (pre-norm):   x = x + attn(norm(x));   x = x + mlp(norm(x));   h = norm(x)
 LayerNorm, learned positions, ReLU, no biases, torch's attention: what is fast on a CPU, and as good at this size.
 
 Padding is always on the right. A causal model never looks to the right, so training needs no attention mask, and a
-row's result does not depend on how far it was padded. When sampling, row b keeps the keys and values of its position t
-in cache column t, whatever the lengths of the other rows; columns that hold padding are masked until they are written.
+row's result does not depend on how far it was padded. The cache has position t of each row in column t. A column that
+holds padding is masked until a new token is written there.
 
 Shift convention of every (B, T-1) array in this project: column t speaks of token t+1.
 
 Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · S new positions · R new tokens ·
 C channels · H heads · D channels a head · V vocabulary
 
-Several processes (torchrun) work on a share of the rows each and sum their gradients: see the end of this file.
-
 Left out: dropout (old and new log-probs of RL must come from the same function), rotary positions, grouped queries.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +34,11 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of one block, (2, B, T, H, D). They are made at the first write."""
+    """Keys and values of one block, kv (2, B, T, H, D). It is made at the first write."""
 
     def __init__(self, T):
         self.T = T
         self.kv = None
-
-    def select(self, rows):
-        """Keep these rows; a row may be named several times."""
-        self.kv = self.kv.index_select(1, rows)
 
     def write(self, kv, pos_BS, end):
         """Store kv (2, B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
@@ -108,12 +101,13 @@ class GPT(nn.Module):
     def hidden(self, tokens_BS, caches=None, pos_BS=None, end=None):
         """Final hidden states (B, S, C), after the last norm: logits are h @ lm_head.weight.T.
 
-        With caches (a KVCache a block), the tokens are new ones at positions pos_BS; see Block.forward.
+        The tokens are at positions pos_BS, by default 0, 1, .. S-1. With caches, a KVCache a block, see Block.forward.
         """
-        pos = torch.arange(tokens_BS.size(1), device=tokens_BS.device) if pos_BS is None else pos_BS
-        x = self.norm_in(self.wte(tokens_BS) + self.wpe(pos))
-        for i, block in enumerate(self.blocks):
-            x = block(x, caches[i] if caches else None, pos_BS, end)
+        if pos_BS is None:
+            pos_BS = torch.arange(tokens_BS.size(1), device=tokens_BS.device)[None]
+        x = self.norm_in(self.wte(tokens_BS) + self.wpe(pos_BS))
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, cache, pos_BS, end)
         return self.norm_out(x)
 
     def logits(self, h):
@@ -132,9 +126,10 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = f"cannot be used here ({str(error).splitlines()[0]})"
-        raise ValueError(f"--device {name}: {reason}; allowed: auto, cpu, cuda:1, mps, ...") from None
+        allowed = "allowed: auto, cpu, cuda:1, mps, ..."
+        raise ValueError(f"--device {name}: {reason}; {allowed}") from None
 
 
 def matmul_dtype(device):
@@ -145,8 +140,7 @@ def matmul_dtype(device):
 
 def autocast(device):
     """For forward passes: matrix products in matmul_dtype. Norms, hence the final hidden states, stay float32 on CUDA."""
-    dtype = matmul_dtype(device)
-    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, matmul_dtype(device) == torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,19 +183,17 @@ def read_prompts(model, prompts, num_generations, max_new_tokens):
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
     tokens_PT, _ = pad(prompts, model.wte.weight.device)
-    P, longest = tokens_PT.shape
+    longest = tokens_PT.size(1)
     room = longest + max_new_tokens
-    block_size = model.cfg.block_size
-    if room > block_size:
+    if room > model.cfg.block_size:
         sizes = f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} = {room}"
-        raise ValueError(f"{sizes} exceeds block_size {block_size}")
+        raise ValueError(f"{sizes} exceeds block_size {model.cfg.block_size}")
     caches = [KVCache(room) for _ in model.blocks]
-    pos_PT = torch.arange(longest, device=tokens_PT.device).expand(P, longest)
-    h_PTC = model.hidden(tokens_PT, caches, pos_PT, end=longest)
-    group_B = torch.arange(P, device=tokens_PT.device).repeat_interleave(num_generations)
+    h_PTC = model.hidden(tokens_PT, caches, end=longest)
+    prompt_B = torch.arange(len(prompts), device=h_PTC.device).repeat_interleave(num_generations)
     for cache in caches:
-        cache.select(group_B)
-    return tokens_PT[group_B], h_PTC[group_B], caches
+        cache.kv = cache.kv.index_select(1, prompt_B)
+    return tokens_PT[prompt_B], h_PTC[prompt_B], caches
 
 
 @torch.no_grad()
@@ -212,20 +204,18 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     Returns a dict of tokens (B, T), mask (B, T-1), True where token t+1 was sampled, its end included, and logp
     (B, T-1), its log-prob at this temperature, 0 off the mask. Raises ValueError as `read_prompts` does.
     """
-    R = max_new_tokens
-    tokens_BT, h_BTC, caches = read_prompts(model, prompts, num_generations, R)
+    tokens_BT, h_BTC, caches = read_prompts(model, prompts, num_generations, max_new_tokens)
     B, longest = tokens_BT.shape
-    device = tokens_BT.device
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    u_BR = (torch.rand(B, max_new_tokens) if u_BR is None else u_BR).to(h_BTC.device)
+    length_P = torch.tensor([len(prompt) for prompt in prompts], device=h_BTC.device)
     pos_B = length_P.repeat_interleave(num_generations)  # where each row's next token goes
-    row_B = torch.arange(B, device=device)
+    row_B = torch.arange(B, device=h_BTC.device)
     h_BC = h_BTC[row_B, pos_B - 1]
-    tokens_BT = F.pad(tokens_BT, (0, R))
+    tokens_BT = F.pad(tokens_BT, (0, max_new_tokens))
     mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-    logp_BT = torch.zeros(tokens_BT.shape, device=device)
-    u_BR = (torch.rand(B, R) if u_BR is None else u_BR).to(device)
+    logp_BT = torch.zeros_like(tokens_BT, dtype=torch.float)
     alive_B = torch.ones_like(row_B, dtype=torch.bool)
-    for i in range(R):  # here B are the rows that are still in the batch, and row_B says which
+    for i in range(max_new_tokens):  # from here on, B are the rows still in the batch; row_B says which
         logp_BV = tempered(model.logits(h_BC), temperature)
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
         # What a row says behind its end is not kept.
@@ -233,13 +223,13 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
         mask_BT[row_B, pos_B] = alive_B
         logp_BT[row_B, pos_B] = at_token(logp_BV, token_B) * alive_B
         alive_B = alive_B & (token_B != eos)
-        if i == R - 1 or not alive_B.any():
+        if i == max_new_tokens - 1 or not alive_B.any():
             break
         # Rows that have ended leave together, once they are more than a fifth: leaving copies all caches.
         if alive_B.float().mean() < 0.8:
             keep = alive_B.nonzero().squeeze(1)
             for cache in caches:
-                cache.select(keep)
+                cache.kv = cache.kv.index_select(1, keep)
             token_B, row_B, pos_B, alive_B = token_B[keep], row_B[keep], pos_B[keep], alive_B[keep]
         h_BC = model.hidden(token_B[:, None], caches, pos_B[:, None], end=longest + i + 1)[:, 0]
         pos_B = pos_B + 1
@@ -271,16 +261,15 @@ def total(x, op=dist.ReduceOp.SUM):
 
 def total_gradients(params):
     """Sum the gradients over processes. Losses are shares of one loss, so this is its gradient, not an average."""
-    if dist.is_initialized():
-        for p in params:
-            if p.grad is not None:
-                total(p.grad)
+    for p in params:
+        if p.grad is not None:
+            total(p.grad)
 
 
 def gather(x):
     """[x of process 0, x of process 1, ...] for any x that pickles, its tensors on the CPU."""
-    parts = [x]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, x)
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
     return parts
