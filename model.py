@@ -215,7 +215,7 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     logp_BT = torch.zeros_like(tokens_BT, dtype=torch.float)
     alive_B = torch.ones_like(row_B, dtype=torch.bool)
-    for i in range(max_new_tokens):  # from here on, B are the rows still in the batch; row_B says which
+    for i in range(max_new_tokens):  # here B are the rows still in the batch; row_B says which
         logp_BV = tempered(model.logits(h_BC), temperature)
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
         # What a row says behind its end is not kept.

@@ -17,9 +17,11 @@ Dimension key: B sequences · P prompts · G samples a prompt · T positions · 
 V vocabulary · C channels · N tokens
 """
 
-from __future__ import annotations  # those of the kernels are types of Triton, which is imported later
+# Annotations stay text: those of the kernels name types of Triton, which is imported later.
+from __future__ import annotations
 
 import functools
+import math
 import os
 
 import torch
@@ -60,17 +62,18 @@ class MTPHeads(nn.Module):
         self.heads = nn.ModuleList(Head(cfg, self.sequential) for _ in range(depth))
 
     def forward(self, h_BTC, emb_BTC):
-        """Hidden states of each depth: item k-1 is (B, T-1-k, C), position i predicting token i+1+k.
+        """Hidden states of all depths, aligned: (B, K, T-1, C), where the first k columns of depth k are 0.
 
         The loss of a depth also trains the sequential heads below it, as in DeepSeek-V3.
         """
-        below, out = h_BTC, []
+        T = h_BTC.size(1)
+        below, aligned = h_BTC, []
         for k, head in enumerate(self.heads, start=1):
-            S = max(h_BTC.size(1) - 1 - k, 0)
+            S = max(T - 1 - k, 0)
             h = head(below[:, :S], emb_BTC[:, k : k + S])
             below = h if self.sequential else below
-            out.append(h)
-        return out
+            aligned.append(F.pad(h, (0, 0, k, 0))[:, : T - 1])  # position t-k goes to column t
+        return torch.stack(aligned, 1)
 
 
 def aligned_mask(mask_BT, depth):
@@ -91,15 +94,13 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", doo
     target_BT, W = tokens_BT[:, 1:], model.lm_head.weight
     with autocast(tokens_BT.device):
         h_BTC = model.hidden(tokens_BT)
-        depths = heads(scale_grad(h_BTC, door), scale_grad(model.wte(tokens_BT), door)) if heads else []
+        if heads:
+            h_BKTC = heads(scale_grad(h_BTC, door), scale_grad(model.wte(tokens_BT), door))
     logp_BT = masked_logp(h_BTC[:, :-1], W, target_BT, mask_BT, temperature, impl)
     if not heads:
         return logp_BT, logp_BT.new_zeros(B, 0, T - 1), h_BTC
-    aligned, K = [], len(depths)
-    for k, h in enumerate(depths, start=1):
-        aligned.append(F.pad(h, (0, 0, k, 0))[:, : T - 1])  # position i goes to column i + k
-    h_BKTC, mask_BKT = torch.stack(aligned, 1), aligned_mask(mask_BT, K)
-    target_BKT = target_BT[:, None].expand(B, K, T - 1)
+    mask_BKT = aligned_mask(mask_BT, h_BKTC.size(1))
+    target_BKT = target_BT[:, None].expand(mask_BKT.shape)
     logp_BKT = masked_logp(h_BKTC, scale_grad(W, door), target_BKT, mask_BKT, temperature, impl)
     return logp_BT, logp_BKT, h_BTC
 
@@ -131,40 +132,20 @@ def after_rejection(log_p_BV, log_q_BV):
     return torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV.log(), log_p_BV)
 
 
-def draft(model, heads, caches, tokens, states, n_B, end, width, temperature, u_BK):
-    """Each head writes its draft behind position n_B, the last token's; returns their log-probs (B, K, V).
+def settle(log_p, log_q_BKV, draft_BK, temperature, u):
+    """How many drafts of a round are accepted (B,), and the trunk's own token behind them (B,).
 
-    Head k reads the `width` positions before n_B and predicts token n+k. What its cache has of the last K+1 positions may
-    be of rejected drafts, so each round makes it again. Older columns are right, and later ones masked.
-    """
-    rows = torch.arange(len(n_B), device=n_B.device)[:, None]
-    window = (n_B[:, None] + torch.arange(-width, 0, device=n_B.device)).clamp(min=0)
-    below, log_q = states[rows, window], []
-    for k, head in enumerate(heads.heads, start=1):
-        h = head(below, model.wte(tokens[rows, window + k]), caches[k - 1], window, end)
-        log_q.append(tempered(model.logits(h[:, -1]), temperature))
-        tokens[rows[:, 0], n_B + k] = choose(log_q[-1], temperature, u_BK[:, k - 1])
-        below = h if heads.sequential else below
-    return torch.stack(log_q, 1)
-
-
-def settle(log_p, log_q_BKV, draft_BK, temperature, u, u_last):
-    """The tokens of a round (B, K+1), and how many of its drafts are accepted (B,).
-
-    Those drafts come first, then one token of the trunk; columns after it mean nothing. log_p (B, K+1, V) are the trunk's
-    log-probs; u and u_last (B, K+1) are uniform numbers, for accepting a draft and for the trunk's own token.
+    log_p (B, K+1, V) are the trunk's log-probs, and u (B, K+1, 3) the numbers of speculative_generate.
     """
     B, K = draft_BK.shape
-    rows = torch.arange(B, device=draft_BK.device)
-    good = accepts(log_p[:, :K], log_q_BKV, draft_BK, temperature, u[:, :K]).long().cumprod(1)
-    accepted = good.sum(1)
-    log_last = log_p[rows, accepted]
+    row = torch.arange(B, device=u.device)
+    good_BK = accepts(log_p[:, :K], log_q_BKV, draft_BK, temperature, u[:, :K, 1])
+    accepted_B = good_BK.long().cumprod(1).sum(1)
+    log_own_BV = log_p[row, accepted_B]
     if temperature != 0:
-        log_q = F.pad(log_q_BKV, (0, 0, 0, 1), value=-torch.inf)  # no head drafts the last one
-        log_last = after_rejection(log_last, log_q[rows, accepted])
-    last = choose(log_last, temperature, u_last[rows, accepted])
-    is_draft = torch.arange(K + 1, device=rows.device) < accepted[:, None]
-    return torch.where(is_draft, F.pad(draft_BK, (0, 1)), last[:, None]), accepted
+        log_q = F.pad(log_q_BKV, (0, 0, 0, 1), value=-torch.inf)  # q is 0 behind the last draft
+        log_own_BV = after_rejection(log_own_BV, log_q[row, accepted_B])
+    return accepted_B, choose(log_own_BV, temperature, u[row, accepted_B, 2])
 
 
 @torch.no_grad()
@@ -179,19 +160,19 @@ def speculative_generate(
     token was, 0 where the trunk sampled it.
     """
     R, K = max_new_tokens, len(heads.heads)
-    tokens, states, trunk_caches = read_prompts(model, prompts, num_generations, R)
+    tokens, states, caches = read_prompts(model, prompts, num_generations, R)
     B, longest = tokens.shape
-    device = tokens.device
+    device, room = tokens.device, longest + R
+    head_caches = [KVCache(room) for _ in range(K)]
     tokens, states = F.pad(tokens, (0, R + K + 1)), F.pad(states, (0, 0, 0, R))
-    head_caches = [KVCache(longest + R) for _ in heads.heads]
+    logp = torch.zeros_like(tokens, dtype=torch.float)
+    depth = torch.full_like(tokens, -1)  # of the head that drafted; the trunk is 0, no response -1
     u_BR3 = (torch.rand(B, R, 3) if u_BR3 is None else u_BR3).to(device)
     row, j = torch.arange(B, device=device), torch.arange(K + 1, device=device)
     rows = row[:, None]
-    logp = torch.zeros(tokens.shape, device=device)
-    # The depth of the head that drafted a token; 0 is the trunk, -1 outside of the response.
-    depth = torch.full_like(tokens, -1)
 
-    # The first token comes from the trunk. n is the position of each row's last token so far.
+    # The first token comes from the trunk. Of each row, n is the position of the last token so far, and stop that behind
+    # the response: behind the end token, once there is one.
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     first = length.repeat_interleave(num_generations)
     n = first
@@ -199,29 +180,43 @@ def speculative_generate(
     tokens[row, n] = choose(log_p, temperature, u_BR3[:, 0, 2])
     logp[row, n] = at_token(log_p, tokens[row, n])
     depth[row, n] = 0
-    alive = (tokens[row, n] != eos) & (R > 1)
-    width = max(longest, K + 1)  # the heads read the whole prompt, then only what may have been rejected
-    while alive.any():
-        at = n[:, None] + 1 + j  # where a round's tokens go, K+1 at the most
-        u = u_BR3[rows, (at - first[:, None]).clamp(max=R - 1)]  # (B, K+1, 3)
-        end = min(int(n.max()) + K + 1, longest + R)
-        log_q = draft(model, heads, head_caches, tokens, states, n, end, width, temperature, u[..., 0])
-        width = K + 1
-        # The trunk reads the last token and all drafts in one pass. What it finds at the last column is never used.
-        pos = (at - 1).clamp(max=longest + R - 1)
-        h = model.hidden(tokens[rows, at - 1], trunk_caches, pos, end)
+    stop = torch.where(tokens[row, n] == eos, n + 1, first + R)
+    width = max(longest, K + 1)
+    while (n + 1 < stop).any():
+        at = n[:, None] + 1 + j  # (B, K+1): where the tokens of this round go
+        u = u_BR3[rows, (at - first[:, None]).clamp(max=R - 1)]
+        pos = (at - 1).clamp(max=room - 1)  # what the trunk reads; results behind the end are not used
+        end = int(pos.max()) + 1
+
+        # 1 draft: head k reads the positions before n and writes token n+k. What its cache has of the last K+1 positions
+        # may be of rejected drafts, so each round makes these again. Older columns are right, and later ones masked.
+        window = (n[:, None] + torch.arange(-width, 0, device=device)).clamp(min=0)
+        width = K + 1  # the first round reads whole prompts
+        below, log_q = states[rows, window], []
+        for k, head in enumerate(heads.heads, start=1):
+            h = head(below, model.wte(tokens[rows, window + k]), head_caches[k - 1], window, end)
+            log_q.append(tempered(model.logits(h[:, -1]), temperature))
+            tokens[row, n + k] = choose(log_q[-1], temperature, u[:, k - 1, 0])
+            below = h if heads.sequential else below
+
+        # 2 verify: the trunk reads the last token and all drafts in one pass
+        drafts = tokens[rows, at[:, :K]]
+        h = model.hidden(tokens[rows, at - 1], caches, pos, end)
         states[rows, pos] = h
         log_p = tempered(model.logits(h), temperature)
-        new, accepted = settle(log_p, log_q, tokens[rows, at[:, :K]], temperature, u[..., 1], u[..., 2])
+        accepted, own = settle(log_p, torch.stack(log_q, 1), drafts, temperature, u)
 
-        kept = (j <= accepted[:, None]) & (at < (first + R)[:, None]) & alive[:, None]
+        # 3 keep the accepted drafts and one token of the trunk, up to the end of the response
+        is_draft = j < accepted[:, None]
+        new = torch.where(is_draft, tokens[rows, at], own[:, None])
+        kept = (j <= accepted[:, None]) & (at < stop[:, None])
         ended = (new == eos) & kept
-        kept &= ended.cumsum(1) - ended.long() == 0  # nothing behind the end, which is kept
+        kept &= ended.cumsum(1) - ended.long() == 0  # nothing behind the end token
         tokens[rows, at] = new * kept
         logp[rows, at] = at_token(log_p, new) * kept
-        depth[rows, at] = torch.where(kept, (1 + j) * (j < accepted[:, None]), -1)
+        depth[rows, at] = torch.where(kept, (1 + j) * is_draft, -1)
         n = n + kept.sum(1)
-        alive = alive & ~ended.any(1) & (n + 1 < first + R)
+        stop = torch.where(ended.any(1), n + 1, stop)
     mask = depth >= 0
     end = int(mask.any(0).nonzero().max()) + 1
     out = {"tokens": tokens[:, :end], "mask": mask[:, 1:end], "logp": logp[:, 1:end]}
@@ -235,10 +230,12 @@ def speculation_metrics(mask_BT, draft_BT, depth):
     included. spec/tokens_per_call: tokens a row and pass of the trunk; reading the prompt is one pass, which gives one.
     """
     own_BT = mask_BT & (draft_BT == 0)
-    fruitless = (own_BT[:, :-1] & own_BT[:, 1:]).sum().item()  # a round whose first draft was rejected
-    rounds = max(fruitless + (draft_BT == 1).sum().item(), 1)
+    # A round begins behind each of the trunk's own tokens that is not the last of its row.
+    rounds = max((own_BT[:, :-1] & mask_BT[:, 1:]).sum().item(), 1)
     tokens, rows = mask_BT.sum().item(), len(mask_BT)
-    metrics = {f"spec/accept_rate_{k}": (draft_BT == k).sum().item() / rounds for k in range(1, depth + 1)}
+    metrics = {}
+    for k in range(1, depth + 1):
+        metrics[f"spec/accept_rate_{k}"] = (draft_BT == k).sum().item() / rounds
     metrics["spec/accept_len"] = (tokens - rows) / rounds
     metrics["spec/tokens_per_call"] = tokens / (rounds + rows)
     return metrics
@@ -248,7 +245,8 @@ def speculation_metrics(mask_BT, draft_BT, depth):
 # log softmax(h W^T / temperature)[target], a number a token
 
 
-CHUNK_LOGITS = 2**22  # logits held at a time by impl="chunked": 16 MiB in float32 (64 columns at least)
+# impl="chunked" holds so many logits at a time: 16 MiB in float32, or 64 columns if those are more.
+CHUNK_LOGITS = 2**22
 # "auto" is naive up to so many logits: 32 MiB, above which glibc maps every temporary anew. python tests/bench.py --logp
 # measures both on either side of it.
 AUTO_LOGITS = 2**23
@@ -284,8 +282,8 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
     target_N = target_N.clamp(0, len(weight) - 1)
     with torch.autocast(h.device.type, enabled=False):
         if impl == "naive" or target_N.numel() == 0:
-            logp_NV = F.log_softmax(F.linear(accurate(h_NC), accurate(weight)) / temperature, dim=-1)
-            logp_N = at_token(logp_NV, target_N)
+            logits_NV = F.linear(accurate(h_NC), accurate(weight)) / temperature
+            logp_N = -F.cross_entropy(logits_NV, target_N, reduction="none")
         else:
             logp_N = RecomputedLogp.apply(h_NC, weight, target_N, temperature, impl)
     return torch.where(valid_N, logp_N, torch.nan).view(targets.shape)
@@ -306,6 +304,9 @@ class RecomputedLogp(torch.autograd.Function):
 
     The backward makes z again, some columns of V at a time: 8·N·C·V FLOPs, where "naive" takes 6·N·C·V. No atomics: the
     same bits each time. Sums are float32; only dz of the Triton path is rounded, to bfloat16 where h is.
+
+    Each implementation has two functions. *_statistics returns top, log_sum and the target's logit, (N,) each. *_dz
+    yields dz in pieces: (columns, dz of these columns).
     """
 
     @staticmethod
@@ -319,13 +320,13 @@ class RecomputedLogp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_N):
-        h_NC, weight, target_N, top_N, log_sum_N = ctx.saved_tensors
-        chunks_of_dz = triton_dz if ctx.impl == "triton" else chunked_dz
+        h_NC, weight, *_ = ctx.saved_tensors
+        pieces_of_dz = triton_dz if ctx.impl == "triton" else chunked_dz
         dW = torch.empty_like(weight)
         dh_NC = torch.zeros_like(accurate(h_NC))
-        for columns, dz in chunks_of_dz(h_NC, weight, target_N, top_N, log_sum_N, g_N, ctx.temperature):
+        for columns, dz in pieces_of_dz(*ctx.saved_tensors, g_N / ctx.temperature, ctx.temperature):
             dh_NC += product(dz, weight[columns].to(dz.dtype))
-            dW[columns] = product(dz.T, h_NC.to(dz.dtype)).to(dW.dtype)  # each row of dW is written once
+            dW[columns] = product(dz.T, h_NC.to(dz.dtype))  # each row of dW is written once
         return dh_NC.type_as(h_NC), dW, None, None, None
 
 
@@ -338,40 +339,33 @@ def product(a, b):
 
 def column_chunks(n_tokens, vocab_size, logits, multiple=64):
     """Slices of the vocabulary for which N tokens have about `logits` logits; a multiple of so many columns each."""
-    width = max(logits // max(n_tokens, 1) // multiple, 1) * multiple
+    width = max(logits // n_tokens // multiple, 1) * multiple
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
 
 
-# "chunked": torch alone
+def chunked_logits(h_NC, weight, target_N, temperature):
+    """For each chunk of the vocabulary: its columns, the logits z, and an index `at` of those targets that are in it.
 
-
-def chunked_logits(h_NC, weight, temperature):
-    """(columns, their logits), one chunk after the other in one buffer."""
+    z[at] are the logits of these targets. All z share one buffer, which is faster than new memory for each.
+    """
     h = accurate(h_NC)
     chunks = column_chunks(len(h), len(weight), CHUNK_LOGITS)
-    buffer = h.new_empty(len(h) * (chunks[0].stop - chunks[0].start))
+    buffer = h.new_empty(len(h) * chunks[0].stop)
     for columns in chunks:
         W = accurate(weight[columns])
         z = buffer[: len(h) * len(W)].view(len(h), len(W))
-        yield columns, torch.addmm(z, h, W.T, beta=0, alpha=1 / temperature, out=z)
-
-
-def at_target(target_N, columns):
-    """(N, 1) the column of each target within a chunk, 0 if it is in another, and (N,) whether it is in this one."""
-    here = (target_N >= columns.start) & (target_N < columns.stop)
-    return torch.where(here, target_N - columns.start, 0)[:, None], here
+        torch.addmm(z, h, W.T, beta=0, alpha=1 / temperature, out=z)
+        (rows,) = torch.where((target_N >= columns.start) & (target_N < columns.stop))
+        yield columns, z, (rows, target_N[rows] - columns.start)
 
 
 def chunked_statistics(h_NC, weight, target_N, temperature):
-    """top, log_sum and the target's logit, (N,) each, in one pass over the columns.
-
-    Maximum and sum are those of the columns so far (Milakov & Gimelshein 2018, arXiv 1805.02867).
-    """
-    zeros_N = accurate(h_NC).new_zeros(len(h_NC))
-    top_N, sum_N, z_target_N = zeros_N - torch.inf, zeros_N, zeros_N
-    for columns, z in chunked_logits(h_NC, weight, temperature):
-        local, here = at_target(target_N, columns)
-        z_target_N = torch.where(here, z.gather(1, local).squeeze(1), z_target_N)
+    """Maximum and sum are those of the columns so far (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
+    top_N = torch.full_like(accurate(h_NC[:, 0]), -torch.inf)
+    sum_N = torch.zeros_like(top_N)
+    z_target_N = torch.zeros_like(top_N)
+    for _, z, at in chunked_logits(h_NC, weight, target_N, temperature):
+        z_target_N[at[0]] = z[at]
         higher_N = torch.maximum(top_N, z.amax(1))
         sum_N = sum_N * (top_N - higher_N).exp() + z.sub_(higher_N[:, None]).exp_().sum(1)
         top_N = higher_N
@@ -379,53 +373,54 @@ def chunked_statistics(h_NC, weight, target_N, temperature):
 
 
 def chunked_dz(h_NC, weight, target_N, top_N, log_sum_N, g_N, temperature):
-    """(columns, dz) of all columns."""
-    g_N = g_N / temperature
-    for columns, z in chunked_logits(h_NC, weight, temperature):
-        local, here = at_target(target_N, columns)
+    """g_N is the upstream gradient / temperature, here and in triton_dz."""
+    for columns, z, at in chunked_logits(h_NC, weight, target_N, temperature):
         dz = z.sub_(top_N[:, None]).sub_(log_sum_N[:, None]).exp_().mul_(-g_N[:, None])
-        yield columns, dz.scatter_add_(1, local, (g_N * here)[:, None])
+        dz[at] += g_N[at[0]]
+        yield columns, dz
 
 
 # "triton": the same on a GPU, logits in registers. Triton comes with torch's CUDA wheels and is imported when it is
 # first needed; its compiler, or its interpreter (TRITON_INTERPRET=1), then takes the place of these three functions.
 
 tl = None  # triton.language
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Of a program, by the bytes of a number. On sm_90 no register spills, and with 2 bytes tensor cores are used
 # (tests/test_triton.py compiles them). float32 is multiplied as it is, without tensor cores.
-TILES = {2: dict(ROWS=128, COLUMNS=128, CHANNELS=64), 4: dict(ROWS=64, COLUMNS=64, CHANNELS=32)}
-LAUNCH = {2: dict(num_warps=8, num_stages=4), 4: dict(num_warps=4, num_stages=2)}
+TILES = {
+    2: dict(ROWS=128, COLUMNS=128, CHANNELS=64, num_warps=8, num_stages=4),
+    4: dict(ROWS=64, COLUMNS=64, CHANNELS=32, num_warps=4, num_stages=2),
+}
 PROGRAMS = 264  # at least, so that few rows fill a GPU too: two for each processor of an H100 (not measured)
 DZ_BYTES = 2**25  # of dz held at a time (not measured)
 
 
-def logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST: tl.constexpr, CHANNELS: tl.constexpr):
+def logits_tile(h, W, rows, columns, N, C, end, scale, CHANNELS: tl.constexpr):
     """Logits of some rows and columns, accumulated in float32; columns from `end` on are -inf."""
+    row_starts = rows.to(tl.int64)[:, None] * C
+    column_starts = columns.to(tl.int64)[:, None] * C
     z = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)
-        a = tl.load(h + rows.to(tl.int64)[:, None] * C + c, (rows < N)[:, None] & (c < C), 0.0)
-        b = tl.load(W + columns.to(tl.int64)[:, None] * C + c, (columns < end)[:, None] & (c < C), 0.0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
+        a = tl.load(h + row_starts + c, (rows < N)[:, None] & (c < C), 0.0)
+        b = tl.load(W + column_starts + c, (columns < end)[:, None] & (c < C), 0.0)
         z = tl.dot(a, tl.trans(b), z, input_precision="ieee")
     return tl.where(columns < end, z * scale, -float("inf"))
 
 
-def statistics_kernel(h, W, target, out, N, C, V, width, scale, UPCAST: tl.constexpr,
+def statistics_kernel(h, W, target, out, N, C, V, width, scale,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
     """Of a tile of rows and a split of the columns: maximum, sum of exponentials, target's logit."""
-    tiles = tl.cdiv(N, ROWS)
-    split = tl.program_id(0) // tiles
-    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    end = tl.minimum(split * width + width, V)
     wanted = tl.load(target + rows, rows < N, -1)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     z_target = tl.zeros((ROWS,), tl.float32)
-    end = tl.minimum(split * width + width, V)
     for first in range(split * width, end, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        z = logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST, CHANNELS)
+        z = logits_tile(h, W, rows, columns, N, C, end, scale, CHANNELS)
         z_target += tl.sum(tl.where(columns[None, :] == wanted[:, None], z, 0.0), 1)
         higher = tl.maximum(top, tl.max(z, 1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
@@ -436,13 +431,12 @@ def statistics_kernel(h, W, target, out, N, C, V, width, scale, UPCAST: tl.const
     tl.store(at + 2 * N, z_target, rows < N)
 
 
-def dz_kernel(h, W, target, top, log_sum, g, dz, N, C, start, end, scale, UPCAST: tl.constexpr,
+def dz_kernel(h, W, target, top, log_sum, g, dz, N, C, start, end, scale,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
     """dz of a tile, in columns from `start` to `end` of the vocabulary."""
-    tiles = tl.cdiv(N, ROWS)
-    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    columns = start + tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)
-    z = logits_tile(h, W, rows, columns, N, C, end, scale, UPCAST, CHANNELS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = start + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    z = logits_tile(h, W, rows, columns, N, C, end, scale, CHANNELS)
     wanted = tl.load(target + rows, rows < N, -1)
     top_R = tl.load(top + rows, rows < N)
     log_sum_R = tl.load(log_sum + rows, rows < N)
@@ -464,10 +458,6 @@ def kernels():
     return triton.jit(statistics_kernel), triton.jit(dz_kernel)
 
 
-def interpreted():
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @functools.cache
 def why_no_triton(device, dtype):
     """Why impl="triton" cannot run for tensors of a dtype on a device: "" if it can.
@@ -476,7 +466,7 @@ def why_no_triton(device, dtype):
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it has no {dtype}"
-    if device != "cuda" and not interpreted():
+    if device != "cuda" and not INTERPRETED:
         return f"tensors are on the {device}, not on cuda"
     random = torch.Generator(device).manual_seed(0)
     h = torch.randn(150, 40, device=device, generator=random).to(dtype).requires_grad_()
@@ -496,23 +486,22 @@ def why_no_triton(device, dtype):
     return ""
 
 
-def launch(kernel, programs, h_NC, *args):
-    """Run a kernel on so many programs. The interpreter multiplies bfloat16 wrongly: there, tiles are upcast first."""
-    size = h_NC.element_size()
-    kernel[(programs,)](h_NC, *args, UPCAST=interpreted(), **TILES[size], **LAUNCH[size])
+def operands(h_NC, weight):
+    """Both as the kernels want them, and their tiles. The interpreter multiplies bfloat16 wrongly: there it is float32."""
+    dtype = torch.float32 if INTERPRETED else h_NC.dtype
+    return h_NC.to(dtype).contiguous(), weight.to(dtype).contiguous(), TILES[dtype.itemsize]
 
 
 def triton_statistics(h_NC, weight, target_N, temperature):
-    """As chunked_statistics. Splits of the columns are merged here, in a fixed order."""
-    N, C = h_NC.shape
-    V = len(weight)
-    tile = TILES[h_NC.element_size()]
-    tiles, pieces = -(-N // tile["ROWS"]), -(-V // tile["COLUMNS"])
-    width = -(-pieces // min(-(-PROGRAMS // tiles), pieces)) * tile["COLUMNS"]
-    splits = -(-V // width)
-    out = torch.empty(splits, 3, N, device=h_NC.device)
-    h, W = h_NC.contiguous(), weight.to(h_NC.dtype).contiguous()
-    launch(kernels()[0], tiles * splits, h, W, target_N.contiguous(), out, N, C, V, width, 1 / temperature)
+    """A program has a tile of rows and a split of the columns. The splits are merged here, in a fixed order."""
+    h, W, tile = operands(h_NC, weight)
+    (N, C), V = h.shape, len(W)
+    tiles = math.ceil(N / tile["ROWS"])
+    pieces = math.ceil(V / tile["COLUMNS"])
+    width = math.ceil(pieces / min(math.ceil(PROGRAMS / tiles), pieces)) * tile["COLUMNS"]
+    splits = math.ceil(V / width)
+    out = torch.empty(splits, 3, N, device=h.device)
+    kernels()[0][tiles, splits](h, W, target_N, out, N, C, V, width, 1 / temperature, **tile)
     top_SN, sum_SN, z_target_SN = out.unbind(1)
     top_N = top_SN.amax(0)
     sum_N = (sum_SN * (top_SN - top_N).exp()).sum(0)
@@ -520,19 +509,17 @@ def triton_statistics(h_NC, weight, target_N, temperature):
 
 
 def triton_dz(h_NC, weight, target_N, top_N, log_sum_N, g_N, temperature):
-    """As chunked_dz, about DZ_BYTES of dz at a time.
+    """About DZ_BYTES of dz at a time.
 
     It is bfloat16 if h is, else float32: gradients of a mean over many tokens are too small for float16.
     """
-    N, C = h_NC.shape
-    tile = TILES[h_NC.element_size()]
-    h, W = h_NC.contiguous(), weight.to(h_NC.dtype).contiguous()
-    target, g = target_N.contiguous(), (g_N / temperature).float().contiguous()
-    dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else torch.float32
+    h, W, tile = operands(h_NC, weight)
+    N, C = h.shape
+    dtype = torch.bfloat16 if h_NC.dtype == torch.bfloat16 else torch.float32
     for columns in column_chunks(N, len(W), DZ_BYTES // dtype.itemsize, tile["COLUMNS"]):
-        width = columns.stop - columns.start
-        dz = h.new_empty(N, width, dtype=dtype)
-        programs = -(-N // tile["ROWS"]) * -(-width // tile["COLUMNS"])
-        sizes = N, C, columns.start, columns.stop, 1 / temperature
-        launch(kernels()[1], programs, h, W, target, top_N, log_sum_N, g, dz, *sizes)
+        start, stop = columns.start, columns.stop
+        dz = h.new_empty(N, stop - start, dtype=dtype)
+        grid = math.ceil(N / tile["ROWS"]), math.ceil((stop - start) / tile["COLUMNS"])
+        sizes = N, C, start, stop, 1 / temperature
+        kernels()[1][grid](h, W, target_N, top_N, log_sum_N, g_N, dz, *sizes, **tile)
         yield columns, dz

@@ -46,12 +46,12 @@ def test_drafts_are_what_the_heads_say_of_the_true_tokens(design, depth):
     model, heads, prompts, _ = taught(design, depth, steps=8)
     out = speculative_generate(model, heads, prompts, 1, 10, eos=0, temperature=0)
     tokens, rejected = out["tokens"], 0
-    said = [model.logits(h).argmax(-1) for h in heads(model.hidden(tokens), model.wte(tokens))]
+    said = model.logits(heads(model.hidden(tokens), model.wte(tokens))).argmax(-1)  # (B, K, T-1)
     for b in range(len(prompts)):
         response = (1 + out["mask"][b].nonzero().flatten()).tolist()
         k = 1  # the head whose turn it is; behind the last one's draft the trunk speaks
         for t in response[1:]:
-            accepted = k <= depth and bool(said[k - 1][b, t - 1 - k] == tokens[b, t])
+            accepted = k <= depth and bool(said[b, k - 1, t - 1] == tokens[b, t])
             assert out["draft"][b, t - 1] == (k if accepted else 0)
             rejected += k <= depth and not accepted
             k = k + 1 if accepted else 1

@@ -43,13 +43,14 @@ for kind, size in (("bf16", 2), ("fp32", 4)):
         ("dz", dz, dict(floats, start="i32", end="i32")),
     ):
         types = inputs | more
-        constants = dict(UPCAST=False, **mtp.TILES[size])
+        constants = {name: value for name, value in mtp.TILES[size].items() if name.isupper()}
+        options = {name: value for name, value in mtp.TILES[size].items() if name.islower()}
         signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
         places = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
         aligned = [x for x in types if types[x].startswith("*") or x in ("C", "width", "start")]  # V may be any
         source = ASTSource(kernel, signature, {places[x]: value for x, value in constants.items()},
                            {places[x]: [["tt.divisibility", 16]] for x in aligned})
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=mtp.LAUNCH[size])
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         cubin = Path(os.environ["TRITON_CACHE_DIR"], "cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
@@ -94,7 +95,7 @@ TRIALS = {  # functions that take the place of mtp's, and what is said of them
 
 @pytest.mark.parametrize("functions, reason", TRIALS.values(), ids=TRIALS)
 def test_kernels_are_tried_before_they_are_chosen(functions, reason, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(mtp, "INTERPRETED", True)
     for name, function in functions.items():
         monkeypatch.setattr(mtp, name, function)
     assert mtp.why_no_triton.__wrapped__("cpu", torch.float32) == reason  # not an answer kept from before
