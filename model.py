@@ -139,7 +139,7 @@ def matmul_dtype(device):
 
 
 def autocast(device):
-    """For forward passes: matrix products in matmul_dtype. Norms, hence the final hidden states, stay float32 on CUDA."""
+    """For forward passes: matrix products in matmul_dtype. Norms, hence final hidden states, stay float32 on CUDA."""
     return torch.autocast(device.type, torch.bfloat16, matmul_dtype(device) == torch.bfloat16)
 
 
@@ -179,7 +179,7 @@ def at_token(logp, tokens):
 def read_prompts(model, prompts, num_generations, max_new_tokens):
     """Each prompt is read once for all of its samples: B = P·G rows, those of a prompt adjacent.
 
-    Returns right-padded tokens (B, T), their hidden states (B, T, C), and a KVCache a block with room for the responses.
+    Returns right-padded tokens (B, T), their hidden states (B, T, C), and a KVCache a block with room for responses.
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
     tokens_PT, _ = pad(prompts, model.wte.weight.device)

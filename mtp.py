@@ -116,10 +116,9 @@ def masked_logp(h, W, targets, mask, temperature, impl):
 
 
 def accepts(log_p_BKV, log_q_BKV, draft_BK, temperature, u_BK):
-    """(B, K) whether each draft would be accepted if those before it are.
+    """(B, K) whether each draft would be accepted if those before it are: with probability min(1, p/q).
 
-    With probability min(1, p/q), which together with `after_rejection` gives exactly p; at temperature 0 if the draft is
-    what the trunk would have said.
+    Together with `after_rejection` this gives exactly p. At temperature 0 a draft must be what the trunk would say.
     """
     if temperature == 0:
         return draft_BK == log_p_BKV.argmax(-1)
@@ -154,8 +153,8 @@ def speculative_generate(
 ):
     """Samples like model.generate, from the same distribution, in fewer passes of the trunk.
 
-    u_BR3: three uniform numbers a token, for its draft, for accepting it, and for sampling it otherwise. A number may be
-    read again in a later round, but only if all that it decided before was thrown away.
+    u_BR3: three uniform numbers a token, for its draft, for accepting it, and for sampling it otherwise. A number may
+    be read again in a later round, but only if all that it decided before was thrown away.
     Returns the dict of model.generate with one more entry: draft (B, T-1), the depth k of the head whose draft the
     token was, 0 where the trunk sampled it.
     """
@@ -171,8 +170,8 @@ def speculative_generate(
     row, j = torch.arange(B, device=device), torch.arange(K + 1, device=device)
     rows = row[:, None]
 
-    # The first token comes from the trunk. Of each row, n is the position of the last token so far, and stop that behind
-    # the response: behind the end token, once there is one.
+    # The first token comes from the trunk. Of each row, n is the position of the last token so far, and stop the first
+    # where no token may go: behind the end token, or else behind R tokens.
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     first = length.repeat_interleave(num_generations)
     n = first
@@ -185,11 +184,11 @@ def speculative_generate(
     while (n + 1 < stop).any():
         at = n[:, None] + 1 + j  # (B, K+1): where the tokens of this round go
         u = u_BR3[rows, (at - first[:, None]).clamp(max=R - 1)]
-        pos = (at - 1).clamp(max=room - 1)  # what the trunk reads; results behind the end are not used
+        pos = (at - 1).clamp(max=room - 1)  # where the trunk reads; not used behind the end
         end = int(pos.max()) + 1
 
-        # 1 draft: head k reads the positions before n and writes token n+k. What its cache has of the last K+1 positions
-        # may be of rejected drafts, so each round makes these again. Older columns are right, and later ones masked.
+        # 1 draft: head k reads the positions before n and writes token n+k. What its cache has of the last K+1 of them
+        # may be of rejected drafts, so each round makes these again. Older columns are right, later ones masked.
         window = (n[:, None] + torch.arange(-width, 0, device=device)).clamp(min=0)
         width = K + 1  # the first round reads whole prompts
         below, log_q = states[rows, window], []
@@ -247,8 +246,7 @@ def speculation_metrics(mask_BT, draft_BT, depth):
 
 # impl="chunked" holds so many logits at a time: 16 MiB in float32, or 64 columns if those are more.
 CHUNK_LOGITS = 2**22
-# "auto" is naive up to so many logits: 32 MiB, above which glibc maps every temporary anew. python tests/bench.py --logp
-# measures both on either side of it.
+# "auto" is naive up to so many: 32 MiB, above which glibc maps every temporary anew (python tests/bench.py --logp).
 AUTO_LOGITS = 2**23
 
 
@@ -266,8 +264,8 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
 
     h (..., C), weight (V, C), targets (...) from 0 to V-1 -> logp (...). impl: "naive" holds all (N, V) logits;
     "chunked" about CHUNK_LOGITS of them; "triton" none in the forward, in the backward DZ_BYTES of dz; "auto" picks one
-    (pick_impl). Raises ValueError on an impl that cannot run here, and on a target that is out of range; on a GPU, where
-    finding that out would make the host wait, such a token's log-prob is NaN.
+    (pick_impl). Raises ValueError on an impl that cannot run here and on a target out of range. On a GPU, where to find
+    that out would make the host wait, the log-prob of such a target is NaN.
     """
     impl = pick_impl(impl, targets.numel(), len(weight), h.device, h.dtype)
     if impl not in ("naive", "chunked", "triton"):
@@ -297,8 +295,8 @@ def accurate(x):
 class RecomputedLogp(torch.autograd.Function):
     """logp_i = (z_i,target - top_i) - log_sum_i of logits z = h W^T / temperature that are never all in memory.
 
-    top_i is the largest logit of token i, and log_sum_i = log Σ_v exp(z_iv - top_i). In this order no digits are lost to
-    a large common offset of the logits. With p = exp((z - top) - log_sum) and any upstream gradient g_i a token,
+    top_i is the largest logit of token i, and log_sum_i = log Σ_v exp(z_iv - top_i). In this order no digits are lost
+    to a large common offset of the logits. With p = exp((z - top) - log_sum) and any upstream gradient g_i a token,
 
         dz_iv = g_i ([v = target_i] - p_iv) / temperature        dh = dz W        dW = dz^T h
 
@@ -320,7 +318,7 @@ class RecomputedLogp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_N):
-        h_NC, weight, *_ = ctx.saved_tensors
+        h_NC, weight = ctx.saved_tensors[:2]
         pieces_of_dz = triton_dz if ctx.impl == "triton" else chunked_dz
         dW = torch.empty_like(weight)
         dh_NC = torch.zeros_like(accurate(h_NC))
@@ -460,10 +458,7 @@ def kernels():
 
 @functools.cache
 def why_no_triton(device, dtype):
-    """Why impl="triton" cannot run for tensors of a dtype on a device: "" if it can.
-
-    The kernels are tried once, on a small random input against "naive", so that "auto" never ends a run.
-    """
+    """Why impl="triton" cannot run for tensors of a dtype on a device: "" if it can. The kernels are tried once."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it has no {dtype}"
     if device != "cuda" and not INTERPRETED:
@@ -474,7 +469,7 @@ def why_no_triton(device, dtype):
     g = torch.randn(150, device=device, generator=random)
     targets = torch.arange(150, device=device) * 2
     results = []
-    try:
+    try:  # so that "auto" never ends a run
         naive = linear_logp(h, W, targets, 0.8, "naive")
         for logp in (naive, RecomputedLogp.apply(h, W, targets, 0.8, "triton")):
             results.append((logp.detach(), *torch.autograd.grad(logp, (h, W), g)))
@@ -487,7 +482,7 @@ def why_no_triton(device, dtype):
 
 
 def operands(h_NC, weight):
-    """Both as the kernels want them, and their tiles. The interpreter multiplies bfloat16 wrongly: there it is float32."""
+    """Both as the kernels take them, and their tiles. The interpreter multiplies bfloat16 wrongly: it gets float32."""
     dtype = torch.float32 if INTERPRETED else h_NC.dtype
     return h_NC.to(dtype).contiguous(), weight.to(dtype).contiguous(), TILES[dtype.itemsize]
 
@@ -509,17 +504,14 @@ def triton_statistics(h_NC, weight, target_N, temperature):
 
 
 def triton_dz(h_NC, weight, target_N, top_N, log_sum_N, g_N, temperature):
-    """About DZ_BYTES of dz at a time.
-
-    It is bfloat16 if h is, else float32: gradients of a mean over many tokens are too small for float16.
-    """
+    """DZ_BYTES of dz at a time, bfloat16 if h is, else float32: gradients of a mean are too small for float16."""
     h, W, tile = operands(h_NC, weight)
     N, C = h.shape
     dtype = torch.bfloat16 if h_NC.dtype == torch.bfloat16 else torch.float32
     for columns in column_chunks(N, len(W), DZ_BYTES // dtype.itemsize, tile["COLUMNS"]):
-        start, stop = columns.start, columns.stop
-        dz = h.new_empty(N, stop - start, dtype=dtype)
-        grid = math.ceil(N / tile["ROWS"]), math.ceil((stop - start) / tile["COLUMNS"])
-        sizes = N, C, start, stop, 1 / temperature
+        width = columns.stop - columns.start
+        dz = h.new_empty(N, width, dtype=dtype)
+        grid = math.ceil(N / tile["ROWS"]), math.ceil(width / tile["COLUMNS"])
+        sizes = N, C, columns.start, columns.stop, 1 / temperature
         kernels()[1][grid](h, W, target_N, top_N, log_sum_N, g_N, dz, *sizes, **tile)
         yield columns, dz
