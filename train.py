@@ -32,11 +32,11 @@ import json
 import math
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -44,16 +44,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, nothing keeps two runs out of one folder
-    fcntl = None
-
 import eval as evaluation  # eval.py; the builtin keeps its name
 import mtp
 import occ
 import rl
-from model import find_device, pad, share, total, total_gradients, world
+from model import find_device, gather, pad, share, total, total_gradients, world
 
 # Multiply-adds of an update's largest matrix product that occupy a thread. With less, waking a second one costs more
 # than it gains: at the default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
@@ -61,17 +56,17 @@ THREAD_WORK = 30_000_000
 CORES = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     # what is learned
     task: str = "arithmetic"  # six suites, or a comma list of add,sub,mul,mod,chain,linear, gsm8k, FILE.jsonl
     data_dir: str = "data"  # folder of data sets; what is missing there is fetched
     difficulty: int = 2  # digits of the operands, 1 to 8
-    careless: float = 0.8  # share of solutions written carelessly, in the second half of pretraining
+    careless: float = 0.8  # share of careless solutions in the second half of pretraining
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token a byte, or GPT-2's
     seed: int = 0  # of everything random
     # reinforcement learning
-    regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn, and how much reaches the trunk
+    regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn, how much reaches the trunk
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # rollouts
     lr: float = 2e-4  # of Adam, for trunk and heads
@@ -84,21 +79,21 @@ class Config:
     # the coefficient of the MTP loss
     lam: float = 1.0  # lambda of the regimes ce and policy
     lam_plus: float = 1.0  # scale of lambda_t in the regimes with a proxy or exact gradients
-    occ_proxy: Literal["logprob", "hidden"] = "logprob"  # the paper's, or gradients at the hidden states
-    released: bool = False  # regime occ as in the authors' code, with a lambda_plus of 0.1 / mtp_depth
+    occ_proxy: Literal["logprob", "hidden"] = "logprob"  # the paper's, or from hidden states
+    released: bool = False  # occ as in the authors' code, with a lambda_plus of 0.1 / mtp_depth
     # model
     n_layer: int = 4  # blocks of the trunk
     n_head: int = 4  # attention heads
     n_embd: int = 64  # channels
     tied: bool = False  # one matrix for embedding and unembedding
     mtp_depth: int = 1  # MTP heads
-    mtp_design: Literal["sequential", "parallel"] = "sequential"  # DeepSeek-V3's, or Gloeckle et al.'s
-    logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # of log-probs, see mtp.linear_logp
+    mtp_design: Literal["sequential", "parallel"] = "sequential"  # DeepSeek-V3's, or Gloeckle's
+    logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # see mtp.linear_logp
     # pretraining
     pretrain_steps: int = 1000  # batches of solutions
     pretrain_batch: int = 160  # solutions a batch
     pretrain_lr: float = 3e-3  # of AdamW; Muon has 7 times this
-    pretrain_lam: float = 0.3  # weight of the MTP loss, in the trunk too, over the last third of pretraining
+    pretrain_lam: float = 0.3  # weight of the MTP loss, in the trunk too, in the last third
     # the run
     out: str = ""  # folder of the run; by default out/<task>-<regime>-s<seed>
     cache_dir: str = "out/base"  # pretrained models, by a hash of what determines them
@@ -108,7 +103,7 @@ class Config:
     eval_problems: int = 32  # held-out problems a suite
     eval_k: int = 8  # samples a problem
     probe_every: int = 10  # steps between measurements of the exact c and v2; 0 is never
-    device: str = "auto"  # cuda where there is one, else cpu; or any that torch knows: cuda:1, mps, xpu
+    device: str = "auto"  # cuda if there is one, else cpu; or any of torch's: cuda:1, mps, xpu
 
     def __post_init__(self):
         need = self.need
@@ -123,29 +118,32 @@ class Config:
                 need(f.name, 0 <= value < 2**31, "0 or more")
             elif f.type in (int, float):
                 need(f.name, 0 < value < 2**31, "above 0")
+        algo = rl.ALGOS[self.algo]
         need("careless", self.careless <= 1, "a share from 0 to 1")
         need("difficulty", self.difficulty <= 8, "1 to 8")
-        kept = [step for step in self.keep.split(",") if step]
-        need("keep", all(map(str.isdecimal, kept)), "a comma list of steps, as 0,25,60")
+        need("keep", set(self.keep) <= set("0123456789,"), "a comma list of steps, as 0,25,60")
         need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
-        most = self.prompts_per_step
-        need("updates_per_rollout", self.updates_per_rollout <= most, f"at most prompts_per_step = {most}")
-        algo = rl.ALGOS[self.algo]
-        in_groups = algo.advantage != "batch" or algo.dynamic_sampling
-        need("num_generations", self.num_generations > 1 or not in_groups, "2 or more (1 with reinforce)")
-        drafts = self.speculative and self.regime == "off"
-        need("speculative", not drafts, "left out: --regime off has no heads")
-        need("released", not self.released or self.regime == "occ", "left out, or with --regime occ")
-        for name in ("lam_plus", "occ_proxy"):
-            is_default = getattr(self, name) == getattr(Config, name)
-            need(name, is_default or not self.released, "left out with --released, which has its own")
-        device = find_device(self.device).type
+        prompts = self.prompts_per_step
+        at_most = f"at most prompts_per_step = {prompts}"
+        need("updates_per_rollout", self.updates_per_rollout <= prompts, at_most)
+        least = 1 if algo.advantage == "batch" and not algo.dynamic_sampling else 2
+        need("num_generations", self.num_generations >= least, "2 or more (1 with reinforce)")
+        if self.regime == "off":
+            need("speculative", not self.speculative, "left out: --regime off has no heads")
+        if self.released:
+            need("released", self.regime == "occ", "left out, or with --regime occ")
+            left_out = "left out with --released, which has its own"
+            need("lam_plus", self.lam_plus == Config.lam_plus, left_out)
+            need("occ_proxy", self.occ_proxy == Config.occ_proxy, left_out)
+        device = find_device(self.device)
         if self.logp_impl == "triton":
-            why = mtp.why_no_triton(device, torch.float32)
+            why = mtp.why_no_triton(device.type, torch.float32)
             need("logp_impl", not why, f"auto, naive or chunked here: {why}")
         room = max(rl.longest(s, self.difficulty, self.tok())[2] for s in self.suites()) + 1
-        room = math.ceil(room * 5 / 4) if algo.overlong else room  # the overlong penalty takes the last fifth
-        need("max_new_tokens", self.max_new_tokens >= room, f"{room} or more for this task and difficulty")
+        if algo.overlong:  # the penalty takes the last fifth
+            room = math.ceil(room * 5 / 4)
+        at_least = f"{room} or more for this task and difficulty"
+        need("max_new_tokens", self.max_new_tokens >= room, at_least)
         names = self.task if self.task == "arithmetic" else "+".join(map(rl.label, self.suites()))
         self.out = self.out or f"out/{names}-{self.regime}-s{self.seed}"
 
@@ -159,6 +157,11 @@ class Config:
     def suites(self):
         return rl.suites_of(self.task, self.data_dir)
 
+    def tokens_per_update(self):
+        """The most tokens that the responses of one minibatch have."""
+        responses = self.prompts_per_step * self.num_generations // self.updates_per_rollout
+        return responses * self.max_new_tokens
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and processes
@@ -169,7 +172,7 @@ def set_up(cfg):
     device, threads = find_device(cfg.device), CORES
     if dist.is_torchelastic_launched():
         here = int(os.environ["LOCAL_WORLD_SIZE"])
-        threads = max((os.cpu_count() or 1) // here, 1)
+        threads = (os.cpu_count() or 1) // here
         if device.type == "cuda":
             gpus = torch.cuda.device_count()
             if here > gpus:
@@ -178,12 +181,11 @@ def set_up(cfg):
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.released and world()[1] > 1:
-        raise ValueError("--released: in one process only: its lambda is a mean over pairs of responses")
+        raise ValueError("--released: one process only: lambda is a mean over pairs of responses")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        sequences = cfg.prompts_per_step * cfg.num_generations // cfg.updates_per_rollout // world()[1]
-        work = sequences * cfg.max_new_tokens * 4 * cfg.n_embd**2
+        work = cfg.tokens_per_update() // world()[1] * 4 * cfg.n_embd**2
         torch.set_num_threads(max(min(work // THREAD_WORK, threads), 1))
     return device
 
@@ -195,16 +197,15 @@ def say(line):
         sys.stdout.flush()
 
 
-def progress(steps, name, **kwargs):
+def progress(steps, name):
     """A bar on a terminal, once for all processes."""
-    return tqdm(steps, name, disable=None if world()[0] == 0 else True, **kwargs)
+    return tqdm(steps, name, disable=None if world()[0] == 0 else True)
 
 
 def stop_at_ctrl_c():
-    """A list that fills at the first Ctrl-C or SIGTERM, so that the step can be ended first.
+    """A list that gets an item at Ctrl-C or SIGTERM, so that the step can end first. A second Ctrl-C raises as usual.
 
-    A second Ctrl-C is the usual exception, except under torchrun, which sends these signals to processes that have had
-    them already.
+    Not under torchrun: it sends these signals to processes that have had them already.
     """
     requests = []
 
@@ -241,7 +242,8 @@ class Muon(torch.optim.Optimizer):
                 tall = update.size(0) > update.size(1)
                 x = update.T if tall else update
                 x = x / (x.norm() + 1e-7)
-                for _ in range(5):  # Newton-Schulz: a polynomial that takes every singular value close to 1
+                # Newton-Schulz: a polynomial that takes every singular value close to 1.
+                for _ in range(5):
                     s = x @ x.T
                     x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
                 update = x.T if tall else x
@@ -267,59 +269,60 @@ def pretrain(cfg, model, heads, device):
 
     The heads join for the last third. Muon for the matrices inside the blocks, AdamW for the rest.
     """
-    params, inside, rest = [*model.parameters(), *heads.parameters()], [], []
+    inside, rest = [], []
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         is_inside = p.ndim == 2 and name not in ("wte.weight", "wpe.weight", "lm_head.weight")
         (inside if is_inside else rest).append(p)
-    optimizers = [
-        (Muon(inside, dict(lr=0.0)), 7 * cfg.pretrain_lr),
-        (torch.optim.AdamW(rest, betas=(0.9, 0.98), fused=device.type in ("cpu", "cuda")), cfg.pretrain_lr),
-    ]
+    params = [*model.parameters(), *heads.parameters()]
+    muon = Muon(inside, dict(lr=0.0))
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), fused=device.type in ("cpu", "cuda"))
     bar = progress(range(cfg.pretrain_steps), "pretrain")
     for step in bar:
         # A short warm-up, then down in a line.
         schedule = min(1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps))
-        for optimizer, peak in optimizers:
-            optimizer.param_groups[0]["lr"] = peak * schedule
-            optimizer.zero_grad()
+        muon.param_groups[0]["lr"] = 7 * cfg.pretrain_lr * schedule
+        adamw.param_groups[0]["lr"] = cfg.pretrain_lr * schedule
         tokens_BT, mask_BT = pretraining_batch(cfg, step)
-        mask_BKT = mtp.aligned_mask(mask_BT, cfg.mtp_depth)
-        count, count_mtp = mask_BT.sum(), mask_BKT.sum().clamp(min=1)
-        mine, joined = share(len(mask_BT)), heads if step >= cfg.pretrain_steps * 2 / 3 else None
+        # Means are over the whole batch. Each process works on its share of the rows.
+        count = mask_BT.sum()
+        count_mtp = mtp.aligned_mask(mask_BT, cfg.mtp_depth).sum().clamp(min=1)
+        mine = share(len(mask_BT))
         tokens_BT, mask_BT = tokens_BT[mine].to(device), mask_BT[mine].to(device)
+        joined = heads if step >= cfg.pretrain_steps * 2 / 3 else None
         logp_BT, logp_BKT, _ = mtp.logprobs(model, joined, tokens_BT, mask_BT, impl=cfg.logp_impl)
         loss = -logp_BT.sum() / count
+        muon.zero_grad()
+        adamw.zero_grad()
         (loss - cfg.pretrain_lam * logp_BKT.sum() / count_mtp).backward()
         total_gradients(params)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer, _ in optimizers:
-            optimizer.step()
+        muon.step()
+        adamw.step()
         bar.set_postfix(loss=f"{total(loss.detach()).item():.3f}")
 
 
 def pretrained(cfg, device):
     """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
-    names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(("pretrain_", "n_", "mtp_"))]
-    names += ["difficulty", "careless", "tokenizer", "seed", "tied", "logp_impl", "max_new_tokens"]
-    data = [s if s in rl.SUITES else hashlib.sha256(Path(s).read_bytes()).hexdigest() for s in cfg.suites()]
-    code = [inspect.getsource(sys.modules[name]) for name in ("model", "mtp", "rl")]
-    code += [inspect.getsource(f) for f in (evaluation.build, Muon, pretraining_batch, pretrain)]
-    key = json.dumps([torch.__version__, device.type, data, code, [getattr(cfg, name) for name in names]])
+    names = "difficulty careless tokenizer seed tied logp_impl max_new_tokens".split()
+    names += [name for name in vars(cfg) if name.startswith(("pretrain_", "n_", "mtp_"))]
+    settings = {name: getattr(cfg, name) for name in names}
+    data = [s if s in rl.SUITES else Path(s).read_bytes().hex() for s in cfg.suites()]
+    sources = (sys.modules["model"], mtp, rl, evaluation.build, Muon, pretraining_batch, pretrain)
+    code = [inspect.getsource(source) for source in sources]
+    key = json.dumps([torch.__version__, device.type, settings, data, code])
     path = Path(cfg.cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    model, heads = evaluation.build(cfg, device)
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-        evaluation.load_weights(ckpt, model=model, heads=heads)
-        cached = 1
+        base = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # not there or damaged: made (again)
-        cached = 0
-    if total(torch.tensor(cached)) < world()[1]:  # by all processes or by none
+        base = None
+    if not all(gather(base is not None)):  # by all processes or by none
         say(f"pretraining: {cfg.pretrain_steps} steps of {cfg.pretrain_batch} solutions")
         model, heads = evaluation.build(cfg, device)
         pretrain(cfg, model, heads, device)
+        base = {"model": model.state_dict(), "heads": heads.state_dict()}
         if world()[0] == 0:
-            save_atomically({"model": model.state_dict(), "heads": heads.state_dict()}, path)
-    return {"model": model.state_dict(), "heads": heads.state_dict()}
+            save_atomically(base, path)
+    return base
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,35 +348,41 @@ class Run:
 
     def __init__(self, cfg, resume):
         """ValueError if another run writes there or, unless this one goes on with it, has written there."""
-        out = self.dir = Path(cfg.out)
-        self.metrics, self.start = None, time.perf_counter()
+        self.dir, self.start = Path(cfg.out), time.perf_counter()
+        self.metrics, self.logs = None, []
         if world()[0] > 0:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
-        for name in () if resume else ("metrics.jsonl", "samples.txt", "ckpt.pt", "curves.png"):
-            if (self.dir / name).exists() and (self.dir / name).stat().st_size:
-                there = f"has a {name}; go on with --resume {out}, or name another folder"
-                raise ValueError(f"--out {out}: {there}")
-        self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
+        self.logs = [self.dir / "metrics.jsonl", self.dir / "samples.txt"]
+        for path in [*self.logs, self.dir / "ckpt.pt", self.dir / "curves.png"]:
+            if not resume and path.exists() and path.stat().st_size:
+                there = f"has a {path.name}; go on with --resume {cfg.out}"
+                raise ValueError(f"--out {cfg.out}: {there}, or name another folder")
+        self.metrics = open(self.logs[0], "a", encoding="utf-8")
         try:
-            if fcntl:
-                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no such locks: there, nothing keeps two runs out of one folder
         except BlockingIOError:
-            raise ValueError(f"{out}: another run is writing there; wait, or name another folder") from None
+            busy = "another run is writing there; wait, or name another folder"
+            raise ValueError(f"{cfg.out}: {busy}") from None
+        self.logs[1].touch()
 
     def go_on(self, ckpt):
-        """Cut off what the files hold from after a checkpoint (None: all but the header)."""
-        self.start -= ckpt["seconds"] if ckpt else 0
-        if self.metrics:
-            last = ckpt["step"] if ckpt else -1
-            lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = lines[:1]
-            kept += [line for line in lines[1:] if line.endswith("\n") and json.loads(line)["step"] <= last]
-            os.truncate(self.metrics.fileno(), len("".join(kept).encode()))
-            samples = self.dir / "samples.txt"
-            lines = samples.read_text(encoding="utf-8").splitlines(keepends=True) if samples.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and int(line.split()[1]) <= last]
-            samples.write_text("".join(kept), encoding="utf-8")
+        """Cut off what the logs hold from after a checkpoint (None: all but the header), and a line cut short."""
+        last = -1
+        if ckpt:
+            last = ckpt["step"]
+            self.start -= ckpt["seconds"]
+        for path in self.logs:
+            length = 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                step = re.match(rb"\W*step\W+(\d+)", line)  # only the header has none
+                if line.endswith(b"\n") and (step is None or int(step[1]) <= last):
+                    length += len(line)
+            os.truncate(path, length)
 
     def write(self, record):
         """One line of metrics.jsonl."""
@@ -384,7 +393,7 @@ class Run:
     def show(self, step, examples):
         """Prompts, completions and rewards, for people."""
         if self.metrics:
-            with open(self.dir / "samples.txt", "a", encoding="utf-8") as f:
+            with open(self.logs[1], "a", encoding="utf-8") as f:
                 for prompt, text, reward in examples:
                     f.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
 
@@ -411,20 +420,23 @@ def header(cfg, device):
     """The first line of metrics.jsonl."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # outside a git checkout
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{device}, {torch.get_num_threads()} threads"
-    versions = {
-        "nanoocc": evaluation.VERSION,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+    name = f"{device}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["nanoocc"] = evaluation.VERSION  # of the folder's format
+    vocab_size = cfg.tok().n_vocab
+    return {
+        "config": dataclasses.asdict(cfg),
+        "seed": cfg.seed,
+        "commit": commit,
+        "versions": versions,
+        "device": f"{world()[1]} x {name}",
+        "logp_impl": mtp.pick_impl(cfg.logp_impl, cfg.tokens_per_update(), vocab_size, device),
     }
-    tokens = cfg.prompts_per_step * cfg.num_generations * cfg.max_new_tokens // cfg.updates_per_rollout
-    impl = mtp.pick_impl(cfg.logp_impl, tokens, cfg.tok().n_vocab, device)
-    return {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "commit": commit, "versions": versions,
-            "device": f"{world()[1]} x {name}", "logp_impl": impl}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,7 +444,7 @@ def header(cfg, device):
 
 
 class Clock:
-    """Seconds by phase. A call adds the time since the call before to a phase; on CUDA, once its work is done."""
+    """Seconds by phase. A call adds the time since the last call to a phase; on CUDA, once its work is done."""
 
     def __init__(self):
         self.seconds, self.last = {}, time.perf_counter()
@@ -441,18 +453,19 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        name = f"perf/{phase}_s"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
 
 def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
-    """One rollout and its updates: the paper's algorithm. heads is None in regime off; reference is the base of the KL.
+    """One rollout and its updates: the paper's algorithm. Returns what to log, and examples to read.
 
-    Returns what to log, and examples to read.
+    heads is None in regime off. reference is the frozen base, for a method whose loss has a KL term.
     """
     regime, algo, clock = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo], Clock()
-    trunk, phi = list(model.parameters()), list(heads.parameters()) if heads else []
-    probing = heads is not None and cfg.probe_every > 0 and step % cfg.probe_every == 0
+    theta, phi = list(model.parameters()), list(heads.parameters()) if heads else []
+    probing = heads and cfg.probe_every and step % cfg.probe_every == 0
     heads_at_rollout = copy.deepcopy(heads) if probing else None
 
     # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
@@ -461,64 +474,66 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     batch, record, examples = rl.rollout(model, heads, tok, problems, algo, cfg, generator)
     clock("rollout")
 
-    # 2 rewards -> advantages; old log-probs of the updates after the first
-    adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
+    # 2 rewards -> advantages. The rollout is cut into minibatches, one for each update.
+    reward_PG = batch["reward"].view(-1, cfg.num_generations)
+    adv_B = rl.advantages(reward_PG, algo.advantage).flatten()
     minibatches = rl.minibatches(model, heads, batch, adv_B, algo, cfg, reference)
     clock("score")
 
     updates = []
-    for update, mb in enumerate(minibatches):
-        # Log-probs of trunk and heads, and δ: how they have changed since the rollout. The doors of the trunk multiply the
-        # heads' gradient by lam in the backward at 6. It is 1 until 5 fills it in, so that `exact` sees the whole m.
+    for mb in minibatches:
+        # Log-probs of trunk and heads. The heads' gradient enters the trunk through doors, which multiply it by `lam` in
+        # the backward at 6. Until 5 fills in λ_t, `lam` is 1, so that regime exact can measure the whole m.
         lam = torch.ones((), device=adv_B.device)
         door = 0.0 if regime.rule == "cut" else lam  # the number 0 cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
-        if update == 0:
-            # Nothing has changed yet: ratios are exactly 1 and δ exactly 0, without rounding for OCC to divide.
-            mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
+        # Only the first minibatch has no old log-probs. Nothing has changed since the rollout, so they are the new ones:
+        # ratios are exactly 1 and δ exactly 0, and OCC divides no rounding errors.
+        mb.setdefault("old", logp.detach())
+        mb.setdefault("old_mtp", logp_mtp.detach())
         adv_mtp = mb["adv"]
         if cfg.released:
-            # λ multiplies the advantages of the heads, inside the clip, and their old log-probs are the trunk's.
+            # In the authors' code λ multiplies the heads' advantages, and their old log-probs are the trunk's.
             lam_B = rl.released_lam(logp, logp_mtp, mb)
             adv_mtp = mb["adv"] * lam_B
             mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
-        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-        metrics = rl.update_metrics(logp, logp_mtp, mb, adv_mtp, algo, first=update == 0)
 
         # 3 policy loss of the trunk
         loss_rl = rl.trunk_policy_loss(logp, mb, algo)
-        # 4 MTP loss: what enters the trunk, and what the heads learn by (in most regimes the same)
-        loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
-        loss_heads = loss_mtp
+        # 4 MTP loss: m is its gradient. In two regimes the heads learn by another loss.
+        loss_mtp = loss_heads = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
         if regime.heads_loss != regime.trunk_loss:
             loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
         clock("update")
 
-        # 5 coefficient λ_t
+        # 5 coefficient λ_t, in regime occ from δ: how much the log-probs have changed since the rollout
+        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
         if cfg.released:
-            lam_t = lam_B.mean()  # for the log: the doors stay open
+            lam_t = lam_B.mean()  # for the log: it is in the loss already
         else:
-            lam_t = occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, trunk)
+            lam_t = occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, theta)
             lam.fill_(lam_t)
         clock("coefficient")
+        metrics = {}
         if probing and mb is minibatches[-1]:
-            exact, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
-            metrics |= exact
+            metrics, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
             clock("probe")
 
-        # 6 one backward (two where the heads learn by another loss), one step: the trunk goes down g + λ_t m, the heads
-        # down their own gradient
+        # 6 one backward, one step: the trunk goes down g + λ_t m, the heads go down their own gradient
         optimizer.zero_grad()
         if loss_heads is loss_mtp:
             (loss_rl + loss_mtp).backward()
         else:
-            (loss_rl + loss_mtp).backward(inputs=trunk, retain_graph=True)
+            (loss_rl + loss_mtp).backward(inputs=theta, retain_graph=True)
             loss_heads.backward(inputs=phi)
-        total_gradients(trunk + phi)
+        total_gradients(theta + phi)
         # Clipped apart: with one shared norm the heads would shrink the step of the policy.
-        metrics["grad_norm/trunk"] = torch.nn.utils.clip_grad_norm_(trunk, 1.0).item()
+        metrics["grad_norm/trunk"] = torch.nn.utils.clip_grad_norm_(theta, 1.0).item()
         metrics["grad_norm/heads"] = torch.nn.utils.clip_grad_norm_(phi, 1.0).item()
         optimizer.step()
+
+        # 7 log
+        metrics |= rl.update_metrics(logp, logp_mtp, mb, adv_mtp, algo, first=not updates)
         metrics["actor/loss"] = total(loss_rl.detach()).item()
         metrics["actor/kl"] = total(rl.kl_to_base(logp.detach(), mb)).item()
         if heads:
@@ -528,9 +543,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         updates.append(metrics)
         clock("update")
 
-    # 7 log
-    record |= rl.summary(updates)
-    record |= {f"perf/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+    record |= rl.summary(updates) | clock.seconds
     record["perf/tokens_per_s"] = record["response_length/sum"] / sum(clock.seconds.values())
     return record, examples
 
@@ -540,10 +553,10 @@ def main(cfg, resume=False):
 
     Raises ValueError where the user is to blame, FloatingPointError on a number that is not finite.
     """
-    device, tok, kl_coef = set_up(cfg), cfg.tok(), rl.ALGOS[cfg.algo].kl_coef
+    device, tok = set_up(cfg), cfg.tok()
     from_logprobs = occ.REGIMES[cfg.regime].rule == "proxy" and cfg.occ_proxy == "logprob"
     if from_logprobs and cfg.updates_per_rollout == 1:
-        say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing has changed since the rollout")
+        say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing changes after a rollout")
     if device.type == "cuda" and cfg.logp_impl == "auto":
         why = mtp.why_no_triton("cuda", torch.float32)  # of hidden states, under autocast too
         if why:
@@ -552,18 +565,20 @@ def main(cfg, resume=False):
     run = Run(cfg, resume)
     model, heads, optimizer = evaluation.new_state(cfg, device)
     ckpt = evaluation.read_run(cfg.out)[1] if resume else None
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         evaluation.load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
     if resume:
         run.go_on(ckpt)
     else:
         run.write(header(cfg, device))
-    base = pretrained(cfg, device) if ckpt is None or kl_coef else None
+    needs_reference = rl.ALGOS[cfg.algo].kl_coef > 0
     reference = None
-    if kl_coef:
-        reference = copy.deepcopy(model).requires_grad_(False)
+    if needs_reference or ckpt is None:
+        base = pretrained(cfg, device)
+    if needs_reference:
+        reference = copy.deepcopy(model)
         evaluation.load_weights(base, model=reference)
-    start = ckpt["step"] if ckpt else 0
     if ckpt is None:
         evaluation.load_weights(base, model=model, heads=heads)
         run.write({"step": 0, "time": run.seconds()} | rl.evaluate(model, tok, cfg))
@@ -573,22 +588,24 @@ def main(cfg, resume=False):
     began, saved, stop = run.seconds(), start, stop_at_ctrl_c()
     for step in progress(range(start + 1, cfg.steps + 1), "train"):
         record, examples = step_of_rl(cfg, model, heads, optimizer, tok, step, reference)
-        broken = [name for name, value in record.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(f"step {step}: {broken[0]} is not finite; the last good checkpoint is that of step "
-                                     f"{saved}; go on with: python train.py --resume {run.dir}")  # fmt: skip
+        for name, value in record.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: {name} is not finite; the last good checkpoint is that of step "
+                                         f"{saved}; go on with: python train.py --resume {run.dir}")  # fmt: skip
         if step % cfg.eval_every == 0 or step == cfg.steps:
             record |= rl.evaluate(model, tok, cfg)
             run.show(step, examples)
-            reward, score, lam = record["reward/mean"], record["eval/score"], record.get("occ/lam", 0.0)
+            lam = record.get("occ/lam", 0.0)
             left = (run.seconds() - began) / (step - start) * (cfg.steps - step) / 60
-            say(f"step {step}: reward {reward:.2f}, score {score:.1f}, λ {lam:.3f}, {left:.1f} minutes left")
+            say(f"step {step}: reward {record['reward/mean']:.2f}, score {record['eval/score']:.1f}, λ {lam:.3f}, "
+                f"{left:.1f} minutes left")  # fmt: skip
         run.write({"step": step, "time": run.seconds()} | record)
-        ending = total(torch.tensor(len(stop))).item() > 0  # any process was asked to: all end at the same step
-        if step % cfg.save_every == 0 or step == cfg.steps or str(step) in cfg.keep.split(",") or ending:
+        stopping = any(gather(len(stop)))  # one process was asked to stop: all end at the same step
+        is_last = stopping or step == cfg.steps
+        if is_last or step % cfg.save_every == 0 or str(step) in cfg.keep.split(","):
             run.save(cfg, step, model, heads, optimizer)
             saved = step
-        if ending and step < cfg.steps:
+        if stopping and step < cfg.steps:
             say(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
             return 130
     if world()[0] == 0:
@@ -608,32 +625,34 @@ def command_line(argv):
     """Arguments -> (config, whether to resume). The flags are the fields of Config."""
     parser = evaluation.Parser(__doc__)
     parser.add_fields(Config)
-    parser.add_argument(
-        "--resume", metavar="RUN", help="folder of a run to go on with (to --steps, if given)"
-    )
+    text = "folder of a run to go on with (to --steps, if given)"
+    parser.add_argument("--resume", metavar="RUN", help=text)
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume")
     if folder is None:
         return Config(**given), False
     extra = sorted(set(given) - {"steps"})
     if extra:
-        raise ValueError(f"--{extra[0]}: with --resume a run keeps its own settings; only --steps may change")
+        own = "with --resume a run keeps its own settings; only --steps may change"
+        raise ValueError(f"--{extra[0]}: {own}")
     values, ckpt = evaluation.read_run(folder)
-    differ = set(values) ^ {f.name for f in dataclasses.fields(Config)}
+    differ = set(values) ^ set(Config.__dataclass_fields__)
     if differ:
         names = ", ".join(sorted(differ))
         raise ValueError(f"{folder}: a run of another version: settings that differ: {names}")
-    steps = {"steps": ckpt["steps"]} if ckpt else {}
-    cfg = Config(**values | steps | given | {"out": folder})
-    if ckpt and cfg.steps < ckpt["step"]:
-        raise ValueError(f"--steps {cfg.steps}: must be {ckpt['step']} or more: the run has come so far")
+    reached = 0
+    if ckpt:
+        reached, values["steps"] = ckpt["step"], ckpt["steps"]
+    cfg = Config(**values | given | {"out": folder})
+    if cfg.steps < reached:
+        raise ValueError(f"--steps {cfg.steps}: must be {reached} or more: the run has come so far")
     return cfg, True
 
 
 if __name__ == "__main__":
     with evaluation.reporting("train.py"):
         code = main(*command_line(sys.argv[1:]))
-        if dist.is_initialized():  # together: a process that went ahead would look dead to the others
-            dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()  # a process that ended before the others would look dead to them
             dist.destroy_process_group()
         sys.exit(code)
