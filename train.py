@@ -11,10 +11,8 @@
     λ_t = λ₊ <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε);    θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);    φ -= η ∇ loss_mtp    (η: Adam's)
 
 A run is a folder: metrics.jsonl (first line: config, seed, commit, versions, device), ckpt.pt, samples.txt, curves.png.
-Every random number is derived from (seed, purpose, step), so a resumed run needs no generator states. Evaluations have
-the same problems and numbers at every step and seed.
-
-Left out: learning-rate schedules and weight decay in RL, gradient accumulation, a value network.
+Random numbers are derived from (seed, purpose, step), so a resumed run needs no generator states; those of evaluations
+are always the same. Left out: learning-rate schedules and weight decay in RL, gradient accumulation, a value network.
 """
 
 import os
@@ -27,7 +25,6 @@ import copy
 import dataclasses
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import platform
@@ -50,9 +47,6 @@ import occ
 import rl
 from model import find_device, gather, pad, share, total, total_gradients, world
 
-# Multiply-adds of an update's largest matrix product that occupy a thread. With less, waking a second one costs more
-# than it gains: at the default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
-THREAD_WORK = 30_000_000
 CORES = torch.get_num_threads()  # torch's default: what this process may use, or OMP_NUM_THREADS
 
 
@@ -106,7 +100,10 @@ class Config:
     device: str = "auto"  # cuda if there is one, else cpu; or any of torch's: cuda:1, mps, xpu
 
     def __post_init__(self):
-        need = self.need
+        def need(name, ok, allowed):
+            if not ok:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+
         may_be_zero = "seed careless pretrain_steps pretrain_lam probe_every".split()
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
@@ -123,9 +120,8 @@ class Config:
         need("difficulty", self.difficulty <= 8, "1 to 8")
         need("keep", set(self.keep) <= set("0123456789,"), "a comma list of steps, as 0,25,60")
         need("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
-        prompts = self.prompts_per_step
-        at_most = f"at most prompts_per_step = {prompts}"
-        need("updates_per_rollout", self.updates_per_rollout <= prompts, at_most)
+        at_most = f"at most prompts_per_step = {self.prompts_per_step}"
+        need("updates_per_rollout", self.updates_per_rollout <= self.prompts_per_step, at_most)
         least = 1 if algo.advantage == "batch" and not algo.dynamic_sampling else 2
         need("num_generations", self.num_generations >= least, "2 or more (1 with reinforce)")
         if self.regime == "off":
@@ -146,10 +142,6 @@ class Config:
         need("max_new_tokens", self.max_new_tokens >= room, at_least)
         names = self.task if self.task == "arithmetic" else "+".join(map(rl.label, self.suites()))
         self.out = self.out or f"out/{names}-{self.regime}-s{self.seed}"
-
-    def need(self, name, ok, allowed):
-        if not ok:
-            raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
 
     def tok(self):
         return rl.get_tokenizer(self.tokenizer)
@@ -185,8 +177,10 @@ def set_up(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
+        # Multiply-adds of an update's largest matrix product. A thread needs 30 million of them to be worth waking: at the
+        # default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
         work = cfg.tokens_per_update() // world()[1] * 4 * cfg.n_embd**2
-        torch.set_num_threads(max(min(work // THREAD_WORK, threads), 1))
+        torch.set_num_threads(max(min(work // 30_000_000, threads), 1))
     return device
 
 
@@ -198,21 +192,18 @@ def say(line):
 
 
 def progress(steps, name):
-    """A bar on a terminal, once for all processes."""
-    return tqdm(steps, name, disable=None if world()[0] == 0 else True)
+    """A bar, once for all processes."""
+    return tqdm(steps, name, disable=world()[0] > 0 or None)  # None: only on a terminal
 
 
 def stop_at_ctrl_c():
-    """A list that gets an item at Ctrl-C or SIGTERM, so that the step can end first. A second Ctrl-C raises as usual.
-
-    Not under torchrun: it sends these signals to processes that have had them already.
-    """
+    """A list that gets an item at Ctrl-C or SIGTERM, so that the step can end first. A second one ends it at once."""
     requests = []
 
     def handler(signum, frame):
+        if requests and not dist.is_torchelastic_launched():  # torchrun sends each one twice
+            raise KeyboardInterrupt
         requests.append(signum)
-        if not dist.is_torchelastic_launched():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -226,8 +217,8 @@ def stop_at_ctrl_c():
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: the update of a matrix has singular values near 1 (Jordan et al. 2024).
 
-    Differs: torch.optim.Muon computes in bfloat16, for which most CPUs have no instructions; float32 is ten times as
-    fast there, and no slower for matrices of this size elsewhere.
+    Differs: torch.optim.Muon computes in bfloat16. On most CPUs float32 is ten times as fast; elsewhere it is no slower
+    for matrices of this size.
     """
 
     @torch.no_grad()
@@ -238,37 +229,37 @@ class Muon(torch.optim.Optimizer):
                     continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95)  # Nesterov's
-                tall = update.size(0) > update.size(1)
-                x = update.T if tall else update
+                x = p.grad.lerp(momentum, 0.95)  # Nesterov's
+                tall = p.size(0) > p.size(1)
+                x = x.T if tall else x
                 x = x / (x.norm() + 1e-7)
-                # Newton-Schulz: a polynomial that takes every singular value close to 1.
-                for _ in range(5):
+                for _ in range(5):  # Newton-Schulz takes every singular value close to 1
                     s = x @ x.T
                     x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-                update = x.T if tall else x
-                p.sub_(update, alpha=group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                x = x.T if tall else x
+                p.sub_(x, alpha=group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def pretraining_batch(cfg, step):
     """Solutions as tokens (B, T) and mask (B, T-1), True where token t+1 is part of the solution or its end."""
     tok, rng = cfg.tok(), random.Random(f"{cfg.seed}/pretrain/{step}")
+    # Careful ones first, so that the skill is learnt, then the mixture.
     careless = cfg.careless if step >= cfg.pretrain_steps / 2 else 0.0
-    stream = rl.problem_stream(cfg.suites(), cfg.difficulty, rng, careless=careless)
-    problems = list(itertools.islice(stream, cfg.pretrain_batch))
-    prompts = tok.encode_ordinary_batch([p.prompt for p in problems], num_threads=1)
-    solutions = tok.encode_ordinary_batch([p.solution for p in problems], num_threads=1)
-    tokens_BT, length_B = pad([p + s + [tok.eot_token] for p, s in zip(prompts, solutions)])
-    first_B = torch.tensor([len(p) for p in prompts])
-    t = torch.arange(1, tokens_BT.size(1))
-    return tokens_BT, (t >= first_B[:, None]) & (t < length_B[:, None])
+    stream = rl.problem_stream(cfg.suites(), cfg.difficulty, rng, careless)
+    rows, masks = [], []
+    for _ in range(cfg.pretrain_batch):
+        problem = next(stream)
+        prompt = tok.encode_ordinary(problem.prompt)
+        solution = [*tok.encode_ordinary(problem.solution), tok.eot_token]
+        rows.append(prompt + solution)
+        masks.append([False] * (len(prompt) - 1) + [True] * len(solution))
+    tokens_BT, _ = pad(rows)
+    mask_BT, _ = pad(masks)
+    return tokens_BT, mask_BT
 
 
 def pretrain(cfg, model, heads, device):
-    """Next-token prediction of solutions: careful ones first, so that the skill is learnt, then the mixture.
-
-    The heads join for the last third. Muon for the matrices inside the blocks, AdamW for the rest.
-    """
+    """Next-token prediction of solutions, by Muon for the matrices inside the blocks, AdamW for the rest."""
     inside, rest = [], []
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         is_inside = p.ndim == 2 and name not in ("wte.weight", "wpe.weight", "lm_head.weight")
@@ -288,7 +279,7 @@ def pretrain(cfg, model, heads, device):
         count_mtp = mtp.aligned_mask(mask_BT, cfg.mtp_depth).sum().clamp(min=1)
         mine = share(len(mask_BT))
         tokens_BT, mask_BT = tokens_BT[mine].to(device), mask_BT[mine].to(device)
-        joined = heads if step >= cfg.pretrain_steps * 2 / 3 else None
+        joined = heads if step >= cfg.pretrain_steps * 2 / 3 else None  # for the last third
         logp_BT, logp_BKT, _ = mtp.logprobs(model, joined, tokens_BT, mask_BT, impl=cfg.logp_impl)
         loss = -logp_BT.sum() / count
         muon.zero_grad()
@@ -305,12 +296,12 @@ def pretrained(cfg, device):
     """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
     names = "difficulty careless tokenizer seed tied logp_impl max_new_tokens".split()
     names += [name for name in vars(cfg) if name.startswith(("pretrain_", "n_", "mtp_"))]
-    settings = {name: getattr(cfg, name) for name in names}
-    data = [s if s in rl.SUITES else Path(s).read_bytes().hex() for s in cfg.suites()]
+    key = [torch.__version__, device.type, *(getattr(cfg, name) for name in names)]
+    key += [s if s in rl.SUITES else Path(s).read_bytes().hex() for s in cfg.suites()]
     sources = (sys.modules["model"], mtp, rl, evaluation.build, Muon, pretraining_batch, pretrain)
-    code = [inspect.getsource(source) for source in sources]
-    key = json.dumps([torch.__version__, device.type, settings, data, code])
-    path = Path(cfg.cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    key += [inspect.getsource(source) for source in sources]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = Path(cfg.cache_dir) / f"{digest[:16]}.pt"
     try:
         base = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # not there or damaged: made (again)
@@ -320,8 +311,7 @@ def pretrained(cfg, device):
         model, heads = evaluation.build(cfg, device)
         pretrain(cfg, model, heads, device)
         base = {"model": model.state_dict(), "heads": heads.state_dict()}
-        if world()[0] == 0:
-            save_atomically(base, path)
+        save_atomically(base, path)
     return base
 
 
@@ -330,7 +320,9 @@ def pretrained(cfg, device):
 
 
 def save_atomically(state, path):
-    """Write a whole new file beside the old one, then take its name: a reader or a crash sees the old or the new."""
+    """The first process writes a new file, which then takes the old one's name: a crash leaves the old or the new."""
+    if world()[0] > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -341,10 +333,7 @@ def save_atomically(state, path):
 
 
 class Run:
-    """The folder of one run, which the first process writes.
-
-    A lock on metrics.jsonl keeps two runs out of one folder; it ends with the process, however that ends.
-    """
+    """The folder of one run. The first process writes there, and locks metrics.jsonl until it ends, however it ends."""
 
     def __init__(self, cfg, resume):
         """ValueError if another run writes there or, unless this one goes on with it, has written there."""
@@ -358,7 +347,7 @@ class Run:
             if not resume and path.exists() and path.stat().st_size:
                 there = f"has a {path.name}; go on with --resume {cfg.out}"
                 raise ValueError(f"--out {cfg.out}: {there}, or name another folder")
-        self.metrics = open(self.logs[0], "a", encoding="utf-8")
+        self.metrics = open(self.logs[0], "a", buffering=1, encoding="utf-8")  # line by line
         try:
             import fcntl
 
@@ -368,14 +357,10 @@ class Run:
         except BlockingIOError:
             busy = "another run is writing there; wait, or name another folder"
             raise ValueError(f"{cfg.out}: {busy}") from None
-        self.logs[1].touch()
+        self.samples = open(self.logs[1], "a", buffering=1, encoding="utf-8")
 
-    def go_on(self, ckpt):
-        """Cut off what the logs hold from after a checkpoint (None: all but the header), and a line cut short."""
-        last = -1
-        if ckpt:
-            last = ckpt["step"]
-            self.start -= ckpt["seconds"]
+    def cut(self, last):
+        """Remove what the logs hold from after a step (-1: all but the header), and a line that was cut short."""
         for path in self.logs:
             length = 0
             for line in path.read_bytes().splitlines(keepends=True):
@@ -388,28 +373,20 @@ class Run:
         """One line of metrics.jsonl."""
         if self.metrics:
             self.metrics.write(json.dumps(record) + "\n")
-            self.metrics.flush()
 
     def show(self, step, examples):
         """Prompts, completions and rewards, for people."""
         if self.metrics:
-            with open(self.logs[1], "a", encoding="utf-8") as f:
-                for prompt, text, reward in examples:
-                    f.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
+            for prompt, text, reward in examples:
+                self.samples.write(f"step {step}  reward {reward:g}  {prompt!r} -> {text!r}\n")
 
     def save(self, cfg, step, model, heads, optimizer):
-        if self.metrics:
-            state = {
-                "step": step,
-                "steps": cfg.steps,
-                "seconds": self.seconds(),
-                "model": model.state_dict(),
-                "heads": heads.state_dict() if heads else None,
-                "optimizer": optimizer.state_dict(),
-            }
-            save_atomically(state, self.dir / "ckpt.pt")
-            if str(step) in cfg.keep.split(","):
-                save_atomically(state, self.dir / f"ckpt-{step}.pt")
+        state = {"step": step, "steps": cfg.steps, "seconds": self.seconds()}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state["heads"] = heads.state_dict() if heads else None
+        save_atomically(state, self.dir / "ckpt.pt")
+        if str(step) in cfg.keep.split(","):
+            save_atomically(state, self.dir / f"ckpt-{step}.pt")
 
     def seconds(self):
         """Of training, those before an interruption included."""
@@ -418,25 +395,20 @@ class Run:
 
 def header(cfg, device):
     """The first line of metrics.jsonl."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # outside a git checkout
+    git = "git rev-parse --verify HEAD"
+    here = Path(__file__).parent
+    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+    commit = done.stdout.strip() or None  # None outside a git checkout
     name = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["nanoocc"] = evaluation.VERSION  # of the folder's format
-    vocab_size = cfg.tok().n_vocab
-    return {
-        "config": dataclasses.asdict(cfg),
-        "seed": cfg.seed,
-        "commit": commit,
-        "versions": versions,
-        "device": f"{world()[1]} x {name}",
-        "logp_impl": mtp.pick_impl(cfg.logp_impl, cfg.tokens_per_update(), vocab_size, device),
-    }
+    record = {"config": dataclasses.asdict(cfg), "seed": cfg.seed, "commit": commit}
+    record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    record["versions"]["nanoocc"] = evaluation.VERSION  # of the folder's format
+    record["device"] = f"{world()[1]} x {name}"
+    tokens, vocab_size = cfg.tokens_per_update(), cfg.tok().n_vocab
+    record["logp_impl"] = mtp.pick_impl(cfg.logp_impl, tokens, vocab_size, device)
+    return record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,7 +436,8 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     heads is None in regime off. reference is the frozen base, for a method whose loss has a KL term.
     """
     regime, algo, clock = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo], Clock()
-    theta, phi = list(model.parameters()), list(heads.parameters()) if heads else []
+    theta = list(model.parameters())
+    phi = list(heads.parameters()) if heads else []
     probing = heads and cfg.probe_every and step % cfg.probe_every == 0
     heads_at_rollout = copy.deepcopy(heads) if probing else None
 
@@ -475,41 +448,37 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     clock("rollout")
 
     # 2 rewards -> advantages. The rollout is cut into minibatches, one for each update.
-    reward_PG = batch["reward"].view(-1, cfg.num_generations)
-    adv_B = rl.advantages(reward_PG, algo.advantage).flatten()
+    adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
     minibatches = rl.minibatches(model, heads, batch, adv_B, algo, cfg, reference)
     clock("score")
 
     updates = []
     for mb in minibatches:
-        # Log-probs of trunk and heads. The heads' gradient enters the trunk through doors, which multiply it by `lam` in
-        # the backward at 6. Until 5 fills in λ_t, `lam` is 1, so that regime exact can measure the whole m.
+        # Log-probs of trunk and heads. The heads read the trunk through doors. In the backward of 6 these multiply the
+        # heads' gradient by `lam`. It is 1 until 5 sets it to λ_t, so that regime exact can measure all of m.
         lam = torch.ones((), device=adv_B.device)
         door = 0.0 if regime.rule == "cut" else lam  # the number 0 cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
-        # Only the first minibatch has no old log-probs. Nothing has changed since the rollout, so they are the new ones:
-        # ratios are exactly 1 and δ exactly 0, and OCC divides no rounding errors.
+        # Before the first update nothing has changed: the old log-probs are these. Ratios are exactly 1, δ exactly 0.
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
-        adv_mtp = mb["adv"]
-        if cfg.released:
-            # In the authors' code λ multiplies the heads' advantages, and their old log-probs are the trunk's.
-            lam_B = rl.released_lam(logp, logp_mtp, mb)
-            adv_mtp = mb["adv"] * lam_B
-            mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
 
         # 3 policy loss of the trunk
         loss_rl = rl.trunk_policy_loss(logp, mb, algo)
-        # 4 MTP loss: m is its gradient. In two regimes the heads learn by another loss.
-        loss_mtp = loss_heads = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
-        if regime.heads_loss != regime.trunk_loss:
-            loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
+        # 4 MTP loss: m is the gradient of loss_mtp. The heads learn by loss_heads, which is the same in most regimes.
+        adv_mtp = mb["adv"]
+        if cfg.released:  # authors' code: λ scales the advantages, old log-probs are the trunk's
+            lam_B = rl.released_lam(logp, logp_mtp, mb)
+            adv_mtp = mb["adv"] * lam_B
+            mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
+        loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
+        loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
         clock("update")
 
-        # 5 coefficient λ_t, in regime occ from δ: how much the log-probs have changed since the rollout
+        # 5 coefficient λ_t: OCC computes it from δ, the change of the log-probs since the rollout
         deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
         if cfg.released:
-            lam_t = lam_B.mean()  # for the log: it is in the loss already
+            lam_t = lam_B.mean()  # only for the log: the loss has it already, and lam stays 1
         else:
             lam_t = occ.coefficient(regime.rule, cfg, deltas, (loss_rl, loss_mtp), h, theta)
             lam.fill_(lam_t)
@@ -521,7 +490,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
         # 6 one backward, one step: the trunk goes down g + λ_t m, the heads go down their own gradient
         optimizer.zero_grad()
-        if loss_heads is loss_mtp:
+        if regime.heads_loss == regime.trunk_loss:
             (loss_rl + loss_mtp).backward()
         else:
             (loss_rl + loss_mtp).backward(inputs=theta, retain_graph=True)
@@ -565,18 +534,18 @@ def main(cfg, resume=False):
     run = Run(cfg, resume)
     model, heads, optimizer = evaluation.new_state(cfg, device)
     ckpt = evaluation.read_run(cfg.out)[1] if resume else None
-    start = ckpt["step"] if ckpt else 0
+    start = 0
     if ckpt:
         evaluation.load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
-    if resume:
-        run.go_on(ckpt)
-    else:
+        start = ckpt["step"]
+        run.start -= ckpt["seconds"]
+    run.cut(start if ckpt else -1)
+    if not resume:
         run.write(header(cfg, device))
-    needs_reference = rl.ALGOS[cfg.algo].kl_coef > 0
-    reference = None
-    if needs_reference or ckpt is None:
+    kl_coef, reference = rl.ALGOS[cfg.algo].kl_coef, None
+    if kl_coef or ckpt is None:
         base = pretrained(cfg, device)
-    if needs_reference:
+    if kl_coef:
         reference = copy.deepcopy(model)
         evaluation.load_weights(base, model=reference)
     if ckpt is None:
@@ -585,13 +554,14 @@ def main(cfg, resume=False):
         run.save(cfg, 0, model, heads, optimizer)
     say(f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}")
 
+    go_on = f"go on with: python train.py --resume {run.dir}"
     began, saved, stop = run.seconds(), start, stop_at_ctrl_c()
     for step in progress(range(start + 1, cfg.steps + 1), "train"):
         record, examples = step_of_rl(cfg, model, heads, optimizer, tok, step, reference)
         for name, value in record.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: {name} is not finite; the last good checkpoint is that of step "
-                                         f"{saved}; go on with: python train.py --resume {run.dir}")  # fmt: skip
+                last = f"the last good checkpoint is that of step {saved}"
+                raise FloatingPointError(f"step {step}: {name} is not finite; {last}; {go_on}")
         if step % cfg.eval_every == 0 or step == cfg.steps:
             record |= rl.evaluate(model, tok, cfg)
             run.show(step, examples)
@@ -606,7 +576,7 @@ def main(cfg, resume=False):
             run.save(cfg, step, model, heads, optimizer)
             saved = step
         if stopping and step < cfg.steps:
-            say(f"stopped after step {step}; go on with: python train.py --resume {run.dir}")
+            say(f"stopped after step {step}; {go_on}")
             return 130
     if world()[0] == 0:
         evaluation.plot([run.dir], run.dir / "curves.png")
@@ -625,27 +595,23 @@ def command_line(argv):
     """Arguments -> (config, whether to resume). The flags are the fields of Config."""
     parser = evaluation.Parser(__doc__)
     parser.add_fields(Config)
-    text = "folder of a run to go on with (to --steps, if given)"
-    parser.add_argument("--resume", metavar="RUN", help=text)
+    parser.add_argument("--resume", metavar="RUN", help="run to go on with, to --steps if given")
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume")
     if folder is None:
         return Config(**given), False
-    extra = sorted(set(given) - {"steps"})
-    if extra:
-        own = "with --resume a run keeps its own settings; only --steps may change"
-        raise ValueError(f"--{extra[0]}: {own}")
+    for name in given:
+        if name != "steps":
+            raise ValueError(f"--{name}: with --resume a run keeps all its settings but --steps")
     values, ckpt = evaluation.read_run(folder)
-    differ = set(values) ^ set(Config.__dataclass_fields__)
+    differ = ", ".join(sorted(set(values) ^ set(Config.__dataclass_fields__)))
     if differ:
-        names = ", ".join(sorted(differ))
-        raise ValueError(f"{folder}: a run of another version: settings that differ: {names}")
-    reached = 0
+        raise ValueError(f"{folder}: a run of another version: settings that differ: {differ}")
     if ckpt:
-        reached, values["steps"] = ckpt["step"], ckpt["steps"]
+        values["steps"] = ckpt["steps"]
     cfg = Config(**values | given | {"out": folder})
-    if cfg.steps < reached:
-        raise ValueError(f"--steps {cfg.steps}: must be {reached} or more: the run has come so far")
+    if ckpt and cfg.steps < ckpt["step"]:
+        raise ValueError(f"--steps {cfg.steps}: must be {ckpt['step']} or more: they are done")
     return cfg, True
 
 
