@@ -177,8 +177,8 @@ def set_up(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        # Multiply-adds of an update's largest matrix product. A thread needs 30 million of them to be worth waking: at the
-        # default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
+        # Multiply-adds of an update's largest matrix product. A thread needs 30 million of them to be worth waking. At
+        # the default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
         work = cfg.tokens_per_update() // world()[1] * 4 * cfg.n_embd**2
         torch.set_num_threads(max(min(work // 30_000_000, threads), 1))
     return device
@@ -447,7 +447,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     batch, record, examples = rl.rollout(model, heads, tok, problems, algo, cfg, generator)
     clock("rollout")
 
-    # 2 rewards -> advantages. The rollout is cut into minibatches, one for each update.
+    # 2 rewards -> advantages. A minibatch for each update; all but the first get their old log-probs here.
     adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
     minibatches = rl.minibatches(model, heads, batch, adv_B, algo, cfg, reference)
     clock("score")
@@ -459,7 +459,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         lam = torch.ones((), device=adv_B.device)
         door = 0.0 if regime.rule == "cut" else lam  # the number 0 cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
-        # Before the first update nothing has changed: the old log-probs are these. Ratios are exactly 1, δ exactly 0.
+        # In the first, nothing has changed since the rollout: its old log-probs are these, ratios exactly 1, δ exactly 0.
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
 
