@@ -459,7 +459,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
         lam = torch.ones((), device=adv_B.device)
         door = 0.0 if regime.rule == "cut" else lam  # the number 0 cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
-        # In the first, nothing has changed since the rollout: its old log-probs are these, ratios exactly 1, δ exactly 0.
+        # The first comes before any update: these are its old log-probs. Its ratios are exactly 1, and δ is exactly 0.
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
 
