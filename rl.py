@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -78,43 +79,47 @@ class Problem(NamedTuple):
     solution: str = ""  # for pretraining: working and answer
 
 
-def digits(x, n):
-    """The n lowest digits of x, least significant first."""
-    return [x // 10**i % 10 for i in range(n)]
-
-
 def write(x, n):
-    return "".join(map(str, digits(x, n)))
+    """x in n digits, the lowest first."""
+    return f"{x:0{n}}"[::-1]
+
+
+def digits(x, n):
+    return [int(digit) for digit in write(x, n)]
+
+
+def kept(carry, slips):
+    """The carry, or 0 where it is forgotten. slips: None in careful work, else the random.Random that tosses a coin."""
+    forgotten = carry and slips is not None and slips.random() < 0.5
+    return 0 if forgotten else carry
 
 
 def columns(sums, slips):
     """Column arithmetic: the digits of sum_i sums[i]·10^i, lowest first."""
     written, carry = "", 0
     for s in sums:
-        if carry and not slip(slips):
-            s += carry
+        s += kept(carry, slips)
         written += str(s % 10)
         carry = s // 10
     return written
 
 
-def slip(slips):
-    """Whether a carry is lost. slips is None in careful work, else the random.Random that tosses a coin."""
-    return slips is not None and slips.random() < 0.5
-
-
 # A suite draws the operands of size n and solves them: solve(operands, n, slips) -> prompt, working, answer.
+
+
+def draw_two(rng, n):
+    return rng.randrange(10**n), rng.randrange(10**n)
 
 
 def solve_add(operands, n, slips):
     a, b = operands
-    sums = [i + j for i, j in zip(digits(a, n + 1), digits(b, n + 1))]
+    sums = map(operator.add, digits(a, n + 1), digits(b, n + 1))
     return f"{write(a, n)}+{write(b, n)}=", "", columns(sums, slips)
 
 
 def solve_sub(operands, n, slips):
     a, b = max(operands), min(operands)
-    sums = [i - j for i, j in zip(digits(a, n), digits(b, n))]
+    sums = map(operator.sub, digits(a, n), digits(b, n))
     return f"{write(a, n)}-{write(b, n)}=", "", columns(sums, slips)
 
 
@@ -128,20 +133,22 @@ def solve_mod(operands, n, slips):
     a, m = operands
     remainder, working = 0, ""
     for i in reversed(digits(a, n)):
-        carried = 10 * remainder if remainder and not slip(slips) else 0
-        remainder = (carried + i) % m
+        remainder = (10 * kept(remainder, slips) + i) % m
         working += str(remainder)
     return f"{write(a, n)}%{m}=", working[:-1], working[-1]
 
 
+def draw_chain(rng, n):
+    return [rng.randrange(1, 10) for _ in range(n + 1)]
+
+
 def solve_chain(operands, n, slips):
     """Running sums of one-digit terms; the working is the sums before the last."""
-    sum_so_far, sums = operands[0], []
+    sums = [write(operands[0], 2)]
     for term in operands[1:]:
-        ones, tens = digits(sum_so_far, 2)
+        ones, tens = map(int, sums[-1])
         sums.append(columns([ones + term, tens], slips))
-        sum_so_far = int(sums[-1][::-1])
-    return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
+    return "+".join(map(str, operands)) + "=", ",".join(sums[1:-1]), sums[-1]
 
 
 def draw_linear(rng, n):
@@ -153,24 +160,25 @@ def solve_linear(operands, n, slips):
     """Solve a·x + b = c for the digit x; the working is c - b."""
     a, x, b = operands
     c = a * x + b
-    difference = columns([i - j for i, j in zip(digits(c, n), digits(b, n))], slips)
+    difference = columns(map(operator.sub, digits(c, n), digits(b, n)), slips)
     return f"{a}x+{write(b, n)}={write(c, n)}:", difference, str(int(difference[::-1]) // a % 10)
 
 
 class Suite(NamedTuple):
     draw: Callable
     solve: Callable
-    more: int = 0  # the size n is the difficulty plus this
+    more: int = 0  # the size n is the difficulty plus this,
+    least: int = 1  # and never less than this
     commutes: bool = False  # problems with the same operands in another order are the same problem
 
 
 SUITES = {
-    "add": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(10**n)), solve_add, commutes=True),
-    "sub": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(10**n)), solve_sub, commutes=True),
+    "add": Suite(draw_two, solve_add, commutes=True),
+    "sub": Suite(draw_two, solve_sub, commutes=True),
     "mul": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(2, 7)), solve_mul, more=1),
     "mod": Suite(lambda rng, n: (rng.randrange(10**n), rng.randrange(3, 8)), solve_mod, more=1),
-    "chain": Suite(lambda rng, n: [rng.randrange(1, 10) for _ in range(n + 1)], solve_chain, commutes=True),
-    "linear": Suite(draw_linear, solve_linear),
+    "chain": Suite(draw_chain, solve_chain, commutes=True),
+    "linear": Suite(draw_linear, solve_linear, least=2),
 }
 
 
@@ -187,7 +195,7 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
     if suite not in SUITES:
         return rng.choice(side_of_split(suite, held_out))
     kind = SUITES[suite]
-    n = max(difficulty, 2) if suite == "linear" else difficulty + kind.more  # an equation needs two digits
+    n = max(difficulty + kind.more, kind.least)
     while True:
         operands = kind.draw(rng, n)
         key = sorted(operands) if kind.commutes else list(operands)
@@ -214,13 +222,14 @@ def training_problems(cfg, step):
 
 def held_out_problems(suite, difficulty, count):
     """Up to count different held-out problems of a suite: fewer where the suite has no more at this difficulty."""
-    rng, problems = random.Random(f"0/held out/{label(suite)}"), {}
+    rng = random.Random(f"0/held out/{label(suite)}")
     if suite not in SUITES:
         side = side_of_split(suite, held_out=True)
         return rng.sample(side, min(count, len(side)))
+    problems = {}  # by prompt
     for _ in range(100 * count):
         problem = draw_problem(suite, difficulty, rng, held_out=True)
-        problems.setdefault(problem.prompt, problem)
+        problems[problem.prompt] = problem
         if len(problems) == count:
             break
     return list(problems.values())
@@ -233,8 +242,8 @@ def longest(suite, difficulty, tok):
         problem = draw_problem(suite, difficulty, random.Random(0))
         return len(problem.prompt), len(problem.solution), len(problem.solution)
     problems = read_problems(suite)
-    prompts = [len(tokens) for tokens in tok.encode_ordinary_batch([p.prompt for p in problems])]
-    solutions = [len(tokens) for tokens in tok.encode_ordinary_batch([p.solution for p in problems])]
+    prompts = map(len, tok.encode_ordinary_batch([p.prompt for p in problems]))
+    solutions = list(map(len, tok.encode_ordinary_batch([p.solution for p in problems])))
     return max(prompts), max(solutions), min(solutions)
 
 
