@@ -30,6 +30,7 @@ import random
 import re
 import unicodedata
 import urllib.request
+from collections import ChainMap, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,13 +60,17 @@ def get_tokenizer(name):
     """A tiktoken.Encoding: "bytes" has a token a byte, "gpt2" is fetched at first use. ValueError else."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256})
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256}
+        )
     if name != "gpt2":
         raise ValueError(f"--tokenizer {name}: unknown; allowed: bytes, gpt2")
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
-        raise ValueError(f"--tokenizer gpt2: its files could not be fetched; {GPT2_HELP}") from error
+        raise ValueError(
+            f"--tokenizer gpt2: its files could not be fetched; {GPT2_HELP}"
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,28 +285,28 @@ def suites_of(task, data_dir="data", scoring=False):
     "arithmetic" is the six, "competition" the paper's sets. scoring: the parts that are there to be scored on, else
     those to train on. ValueError on anything else.
     """
-    flag, known = ("--suite", SCORE) if scoring else ("--task", TRAIN)
-    groups = {"arithmetic": SUITES, "competition": COMPETITION} if scoring else {"arithmetic": SUITES}
-    names, suites = [], []
+    flag, known, groups = "--task", TRAIN, {"arithmetic": SUITES}
+    if scoring:
+        flag, known, groups = "--suite", SCORE, {"arithmetic": SUITES, "competition": COMPETITION}
+    names = []
     for name in task.split(","):
         names += groups.get(name, [name])
+    suites = {}  # by their label
     for name in names:
-        if name in known:
-            name = data_file(known[name], data_dir)
-        elif name in [*SCORE, "competition"]:
-            raise ValueError(f"{flag} {name}: a set to score on: python eval.py score RUN --suite {name}")
-        elif name not in SUITES and not name.endswith(".jsonl"):
+        suite = data_file(known[name], data_dir) if name in known else name
+        if suite == name and name in [*SCORE, "competition"]:
+            advice = f"a set to score on: python eval.py score RUN --suite {name}"
+            raise ValueError(f"{flag} {name}: {advice}")
+        if suite not in SUITES and not suite.endswith(".jsonl"):
             allowed = f"{', '.join(groups)}, or some of {','.join([*SUITES, *known])},FILE.jsonl"
             raise ValueError(f"{flag}: unknown suite {name!r}; allowed: {allowed}")
-        if name not in SUITES:
-            read_problems(name)
-        if name in suites:
-            continue
-        tag = label(name)
-        if tag in ["score", "all", *map(label, suites)]:
-            raise ValueError(f"{flag}: {name}: the name {tag} is taken in logs and tables; rename the file")
-        suites.append(name)
-    return suites
+        if suite not in SUITES:
+            read_problems(suite)
+        tag = label(suite)
+        if tag in ("score", "all") or suites.setdefault(tag, suite) != suite:
+            taken = f"the name {tag} is taken in logs and tables"
+            raise ValueError(f"{flag}: {suite}: {taken}; rename the file")
+    return list(suites.values())
 
 
 def data_file(name, data_dir):
@@ -309,15 +314,15 @@ def data_file(name, data_dir):
     path, url = Path(data_dir) / f"{name}.jsonl", GITHUB + PUBLISHED[name]
     if path.exists():
         return str(path)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source:
-            temporary.write_bytes(source.read())
-        read_problems.__wrapped__(str(temporary))  # not the cached one: names of temporary files come again
+            content = source.read()
+        problems_in(content.decode(), url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(content)
         os.replace(temporary, path)  # other processes see all of the file or none
     except Exception as error:  # no network, no such folder, not a data set, ...
-        temporary.unlink(missing_ok=True)
         reason = f"not there, and not fetched ({error})"
         raise ValueError(f"{path}: {reason}; put it there by hand, from {url}") from None
     return str(path)
@@ -325,24 +330,24 @@ def data_file(name, data_dir):
 
 @functools.cache
 def read_problems(path):
-    """The problems of a file: JSONL, or a JSON array. ValueError names file:line (of an array, file:item)."""
+    """The problems of a file. ValueError names what is wrong with it, and where."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    is_array = text.lstrip().startswith("[")
-    # Not splitlines: a text may contain other separators.
-    items = parse_json(text, path) if is_array else text.split("\n")
-    problems = []
-    for i, item in enumerate(items, 1):
-        where = f"{path}:{i}"
-        if is_array:
-            problems.append(problem_of(item, path, where))
-        elif item.strip():
-            problems.append(problem_of(parse_json(item, where), path, where))
-    if not problems:
+    return problems_in(text, path)
+
+
+def problems_in(text, path):
+    """The problems of a text, JSONL or a JSON array. ValueError names path:line, of an array path:item."""
+    if text.lstrip().startswith("["):
+        records = dict(enumerate(parse_json(text, path), 1))
+    else:  # not splitlines: a text may contain other separators
+        lines = enumerate(text.split("\n"), 1)
+        records = {i: parse_json(line, f"{path}:{i}") for i, line in lines if line.strip()}
+    if not records:
         raise ValueError(f"{path}: no problems in it")
-    return problems
+    return [problem_of(record, path, f"{path}:{i}") for i, record in records.items()]
 
 
 def parse_json(text, where):
@@ -359,33 +364,31 @@ def problem_of(record, path, where):
     that ends in "#### gold", or in `final_answer`, a list of one, or it is what `solution` gives as its answer.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: not a record with a problem and an answer: {str(record)[:40]!r}")
-    text = record.get("problem") or record.get("question")
-    if not text and "Body" in record and "Question" in record:
-        text = f"{str(record['Body']).strip().removesuffix('.')}. {record['Question']}"
-    if not isinstance(text, str) or not text.strip():
+        lack = "not a record with a problem and an answer"
+        raise ValueError(f"{where}: {lack}: {str(record)[:40]!r}")
+    fields = defaultdict(str)  # its texts, and its numbers as people write them
+    for name, value in record.items():
+        if name == "final_answer" and isinstance(value, list) and len(value) == 1:
+            (value,) = value
+        if type(value) in (int, float):
+            value = str(value).removesuffix(".0")
+        if isinstance(value, str):
+            fields[name.lower()] = value.strip()
+    text = fields["problem"] or fields["question"]
+    if fields["body"] and not fields["problem"]:
+        text = f"{fields['body'].removesuffix('.')}. {text}"
+    if not text:
         raise ValueError(f'{where}: no text in "problem" or "question"')
-    solution = record.get("solution")
-    if not isinstance(solution, str):  # none, or several
-        solution = ""
-    answer = record.get("answer", record.get("Answer"))
-    final = record.get("final_answer")
-    if answer is None and isinstance(final, list) and len(final) == 1:
-        answer = final[0]
-    if answer is None:
-        answer = extract_answer(solution)
-    if type(answer) in (int, float):
-        answer = str(answer).removesuffix(".0")
-    if not isinstance(answer, str):
-        answer = ""
+    solution = fields["solution"]
+    answer = fields["answer"] or fields["final_answer"] or extract_answer(solution) or ""
     if "####" in answer:
         answer, solution = extract_answer(answer) or "", answer
-    answer, solution = answer.strip(), solution.strip()
     if not answers_equal(answer, extract_answer(solution)):
         solution = f"{solution}\n\\boxed{{{answer}}}" if solution else f"#### {answer}"
     if not answers_equal(answer, extract_answer(solution)):
-        raise ValueError(f'{where}: no answer in "answer": a text, a number, or a solution with "#### N"')
-    return Problem(path, f"{text.strip()}\n", answer, solution)
+        allowed = 'a text, a number, or a solution with "#### N"'
+        raise ValueError(f'{where}: no answer in "answer": {allowed}')
+    return Problem(path, f"{text}\n", answer, solution)
 
 
 def normal(text):
@@ -416,8 +419,8 @@ def check_apart(training, scored):
             problems = read_problems(suite)
             shared = sum(normal(p.prompt) in known for p in problems)
             if shared:
-                count = f"{shared} of its {len(problems)} problems"
-                raise ValueError(f"--suite {suite}: {count} are in {trained}, which the run was trained on")
+                known_ones = f"{shared} of its {len(problems)} problems are in {trained}"
+                raise ValueError(f"--suite {suite}: {known_ones}, which the run was trained on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -426,32 +429,32 @@ def check_apart(training, scored):
 LONGEST = 500  # characters: a longer answer is none
 UNICODE = str.maketrans("\u2212\u2013\u2010\u2044", "---/", "\u200b") | {0xD7: r"\times "}
 UNITS = "dollars?|miles?|km(?:/h)?|cm|mm|m|kg|g|hours?|minutes?|seconds?|s|erg s|inches|feet|degrees|units"
-TIDY = [(re.compile(pattern), by) for pattern, by in (
+TIDY = (  # pattern, by what it is replaced
     (r"\*\*([^*]*)\*\*", r"\1"),  # bold
     (r"\*\*", "^"),
     (r"\\\$|\$|\\[()\[\]]|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),  # dollars, and brackets of formulas
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;!])\s*(?=\d{3}(?!\d))", ","),  # within thousands
-    (r"\\[!,;: ]|~", " "),
-    (r"^\\(?:mathbf|mathrm|textbf|text|boxed)\s*\{([^{}]*)\}$", r"\1"),  # all of it in bold
-    (rf"\s*\\(?:text|mathrm)\s*\{{ *(?:{UNITS}) *\}}(?:\^\{{?-?\d\}}?)?$", ""),
-    (r"\s+dollars?$|^\s*=", ""),
-    (r"\\%|\s*\\text\s*\{ *percent *\}$|\s+percent$", "%"),
+    (r"(?:\\[!,;: ]|~|\s)+", " "),
+    (r" ?([^\w\s,.+-]) ?", r"\1"),
+    (r"^\\(?:mathbf|mathrm|textbf|text|boxed)\{([^{}]*)\}$", r"\1"),  # all of it in bold
+    (rf"\\(?:text|mathrm)\{{(?:{UNITS})\}}(?:\^\{{?-?\d\}}?)?$", ""),
+    (r" ?\bdollars?$|^=", ""),
+    (r"\\%|\\text\{percent\}$| ?\bpercent$", "%"),
     (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\frac ?(\d) ?", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\}) ?(\d) ?", r"\1{\2}"),
     (r"^\{([^{},]*)\}$", r"\1"),
-    (r"\s+", " "),
-)]  # fmt: skip
-DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-SPELLINGS = [(re.compile(pattern, re.ASCII), by) for pattern, by in (
-    (rf"\s?\\frac\s?\{{\s?(-?)\s?({DECIMAL})\s?\}}\s?\{{\s?({DECIMAL})\s?\}}\s?", r" \2/\1\3 "),
-    (r"\^\s?\{\s?([+-]?\d+)\s?\}", r"^\1"),
-    (r"\s?(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?", "e"),
-    (r"^([+-]?)\s?10\s?\^\s?", r"\g<1>1e"),
-)]  # fmt: skip
-FRACTION = rf"(?:(\d+)\s)?({DECIMAL})\s?/\s?(-?)({DECIMAL})"
-POWER = r"[eE][+-]?\d{1,4}"
-NUMBER = re.compile(rf"([+-]?)\s?(?:{FRACTION}|((?:{DECIMAL})(?:{POWER})?))\s?(%?)", re.ASCII)
+)  # fmt: skip
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
+SPELLINGS = (  # of numbers
+    (rf"\\frac\{{(-?) ?({DECIMAL})\}}\{{({DECIMAL})\}}", r" \2/\1\3 "),
+    (r"\^\{([+-]?\d+)\}", r"^\1"),
+    (r" ?(?:\\times|\\cdot|\*|x) ?10\^", "e"),
+    (r"^([+-]?)10\^", r"\g<1>1e"),
+)  # fmt: skip
+NUMBER = (
+    rf"([+-]?) ?(?:(?:(\d+) )?({DECIMAL})/(-?{DECIMAL})|({DECIMAL}(?:[eE][+-]?\d{{1,4}})?)) ?%?"
+)
 
 
 def extract_answer(text):
@@ -481,30 +484,29 @@ def extract_answer(text):
 
 
 def read_number(text):
-    """(exact value, whether in percent) of a tidied text, None if it is no number."""
-    if len(text) > LONGEST:
-        return None
+    """The exact value of a tidied text, None if it is no number."""
     for pattern, by in SPELLINGS:
-        text = pattern.sub(by, text)
-    match = NUMBER.fullmatch(text.strip().rstrip("., "))
+        text = re.sub(pattern, by, text, flags=re.ASCII)
+    match = re.fullmatch(NUMBER, text.strip().rstrip("., "), re.ASCII)
     if not match:
         return None
-    sign, whole, top, minus, below, decimal, percent = [part.replace(",", "") for part in match.groups("")]
-    if below and Fraction(below) == 0:
+    sign, whole, top, bottom, decimal = [part.replace(",", "") for part in match.groups("")]
+    bottom = Fraction(bottom or 1)
+    if bottom == 0:
         return None
-    value = Fraction(decimal) if decimal else int(whole or 0) + Fraction(top) / Fraction(below)
-    value = -value if (sign + minus).count("-") == 1 else value
-    return (value / 100, True) if percent else (value, False)
+    value = int(whole or 0) + Fraction(decimal or top) / bottom
+    value = -value if sign == "-" else value
+    return value / 100 if "%" in text else value
 
 
 def tidied(text):
     """A text without what changes no answer: bold, dollars around formulas, spellings of fractions and of signs."""
     # Raised digits become an exponent, and "two and a half" two numbers.
-    text = re.sub("([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", r"^{\1}", text[: LONGEST + 1])
+    text = re.sub("([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)", r"^{\1}", text)
     text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(UNICODE)
     for pattern, by in TIDY:
-        text = pattern.sub(by, text)
+        text = re.sub(pattern, by, text)
     return text.strip()
 
 
@@ -513,20 +515,24 @@ def answers_equal(gold, candidate):
 
     A gold in percent may be answered without the sign. None is no answer. Never raises.
     """
-    if gold is None or candidate is None or not candidate.strip() or max(len(gold), len(candidate)) > LONGEST:
+    if gold is None or candidate is None or max(len(gold), len(candidate)) > LONGEST:
         return False
-    if re.fullmatch("[0-9]+ [0-9]+", f"{gold} {candidate}"):  # nearly all of training: no need for more
+    # Nearly all of training, where it saves time.
+    if re.fullmatch("[0-9]+ [0-9]+", f"{gold} {candidate}"):
         return int(gold) == int(candidate)
     gold, candidate = tidied(gold), tidied(candidate)
     a, b = read_number(gold), read_number(candidate)
-    if a and b:
-        return a[0] == b[0] or a[1] and not b[1] and 100 * a[0] == b[0]
-    if a or b:
+    if a is not None and b is not None:
+        without_sign = "%" in gold and "%" not in candidate
+        return a == b or (without_sign and 100 * a == b)
+    if a is not None or b is not None:
         return False
-    gold, candidate = (re.sub(r"\s*([^\w\s])\s*", r"\1", text).rstrip(".") for text in (gold, candidate))
+    gold, candidate = [
+        re.sub(r" ?([^\w\s]) ?", r"\1", text).rstrip(".") for text in (gold, candidate)
+    ]
     if re.fullmatch(r"[a-zA-Z ]{4,}", gold):  # words, not a product of variables
         gold, candidate = gold.casefold(), candidate.casefold()
-    return gold == candidate and gold != ""
+    return gold == candidate != ""
 
 
 def is_right(problem, text):
@@ -541,47 +547,44 @@ def is_right(problem, text):
 # Rollout
 
 
-def sample(model, tok, problems, num_generations, max_new_tokens, temperature, generator, heads=None):
+def sample(model, tok, problems, num_generations, max_new_tokens, temperature, generator, heads=None):  # fmt: skip
     """num_generations completions of each problem: the dict of model.generate with reward (B,), and their texts.
 
     With heads, they draft (mtp.speculative_generate). Of several processes each samples for its share of the problems,
     and all of them get everything. The random numbers are those of all problems, so the samples do not depend on it.
     """
     G, device = num_generations, model.wte.weight.device
-    shape = (len(problems) * G, max_new_tokens, 3) if heads else (len(problems) * G, max_new_tokens)
-    u = torch.rand(shape, generator=generator)
+    numbers_a_token = [3] if heads else []
+    u = torch.rand(len(problems) * G, max_new_tokens, *numbers_a_token, generator=generator)
     mine = share(len(problems))
     u = u[mine.start * G : mine.stop * G]
-    problems = problems[mine]
+    room = max(model.cfg.block_size - max_new_tokens, 1)  # of a prompt too long, its end
+    prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems[mine]]
     part = None
-    if problems:
-        room = max(model.cfg.block_size - max_new_tokens, 1)
-        prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems]  # of one too long, its end
+    if prompts:
         args = prompts, G, max_new_tokens, tok.eot_token, temperature, u
         with autocast(device):
-            batch = mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
-        texts, right = [], []
-        for i, (tokens, mask) in enumerate(zip(batch["tokens"][:, 1:], batch["mask"])):
-            texts.append(tok.decode([t for t in tokens[mask].tolist() if t != tok.eot_token]))
-            right.append(is_right(problems[i // G], texts[-1]))
-        batch["reward"] = torch.tensor(right, dtype=torch.float)
-        part = {k: x.cpu() for k, x in batch.items()}, texts
-    parts = [part for part in gather(part) if part]
-    batch = concatenate([batch for batch, _ in parts])
-    texts = []
-    for _, own_texts in parts:
-        texts += own_texts
+            part = (
+                mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
+            )
+        part = {k: x.cpu() for k, x in part.items()}
+    batch = concatenate([part for part in gather(part) if part])
+    texts, right = [], []
+    for i, (tokens, mask) in enumerate(zip(batch["tokens"][:, 1:], batch["mask"])):
+        texts.append(tok.decode(tokens[mask].tolist()).removesuffix(EOS))
+        right.append(is_right(problems[i // G], texts[-1]))
+    batch["reward"] = torch.tensor(right, dtype=torch.float)
     return {k: x.to(device) for k, x in batch.items()}, texts
 
 
 def concatenate(batches):
     """Several batches as one, padded to the longest."""
     T = max(batch["tokens"].size(1) for batch in batches)
-    joined = {}
-    for key in batches[0]:
-        wide = [F.pad(b[key], (0, T - b["tokens"].size(1))) if b[key].ndim > 1 else b[key] for b in batches]
-        joined[key] = torch.cat(wide)
-    return joined
+    padded = []
+    for batch in batches:
+        room = (0, T - batch["tokens"].size(1))
+        padded.append({k: F.pad(x, room) if x.ndim > 1 else x for k, x in batch.items()})
+    return {k: torch.cat([batch[k] for batch in padded]) for k in padded[0]}
 
 
 def overlong_penalty(length_B, max_new_tokens):
@@ -602,14 +605,14 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
     G, R = cfg.num_generations, cfg.max_new_tokens
-    batches, examples, missing = [], [], cfg.prompts_per_step
     drafters = heads if cfg.speculative else None
+    batches, examples, missing = [], [], cfg.prompts_per_step
     while missing and len(batches) < (ROUNDS if algo.dynamic_sampling else 1):
         drawn = list(itertools.islice(problems, missing))
         batch, texts = sample(model, tok, drawn, G, R, cfg.temperature, generator, drafters)
-        if not batches:
-            examples = list(zip([p.prompt for p in drawn], texts[::G], batch["reward"][::G].tolist()))[:8]
-        has_gradient_P = informative(batch["reward"].view(-1, G))  # by correctness alone, before the penalty
+        prompts, rewards = [p.prompt for p in drawn], batch["reward"].view(-1, G)
+        examples += zip(prompts, texts[::G], rewards[:, 0].tolist())
+        has_gradient_P = informative(rewards)  # by correctness alone, before the penalty
         batch["has_gradient"] = has_gradient_P.repeat_interleave(G)
         if algo.overlong:
             batch["reward"] = batch["reward"] + overlong_penalty(batch["mask"].sum(1), R)
@@ -617,21 +620,22 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
         missing -= int(has_gradient_P.sum())
     batch = concatenate(batches)
     length_B = batch["mask"].sum(1).float()
-    entropy = -(batch["logp"].sum() / length_B.sum())  # the mean of -log p over tokens sampled from p
-    record = {
-        "reward/mean": batch["reward"].mean().item(),
-        "reward/frac_zero_std": (~batch["has_gradient"]).float().mean().item(),
-        "response_length/mean": length_B.mean().item(),
-        "response_length/sum": int(length_B.sum()),
-        "response_length/clip_ratio": (length_B == R).float().mean().item(),
-        "actor/entropy": entropy.item(),
+    means = {
+        "reward/mean": batch["reward"],
+        "reward/frac_zero_std": ~batch["has_gradient"],
+        "response_length/mean": length_B,
+        "response_length/clip_ratio": length_B == R,
     }
+    record = {name: x.float().mean().item() for name, x in means.items()}
+    record["response_length/sum"] = int(length_B.sum())
+    # The mean of -log p over tokens sampled from p.
+    record["actor/entropy"] = -(batch["logp"].sum() / length_B.sum()).item()
     if "draft" in batch:
         record |= mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
     if algo.dynamic_sampling:
         kept_B = batch["has_gradient"]
         batch = {k: x[kept_B] for k, x in batch.items()}
-    return batch, record, examples
+    return batch, record, examples[:8]
 
 
 def evaluate(model, tok, cfg):
@@ -640,9 +644,10 @@ def evaluate(model, tok, cfg):
     The score is the mean of the suites. The same problems and the same random numbers every time.
     """
     generator, record = torch.Generator().manual_seed(0), {}
+    sampling = cfg.eval_k, cfg.max_new_tokens, cfg.temperature
     for suite in suites_of(cfg.task, cfg.data_dir):
         problems = held_out_problems(suite, cfg.difficulty, cfg.eval_problems)
-        batch, _ = sample(model, tok, problems, cfg.eval_k, cfg.max_new_tokens, cfg.temperature, generator)
+        batch, _ = sample(model, tok, problems, *sampling, generator)
         record[f"eval/{label(suite)}"] = 100 * batch["reward"].mean().item()
     return {"eval/score": sum(record.values()) / len(record)} | record
 
@@ -659,19 +664,20 @@ class Algo:
     advantage: str = "group_std"
     # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
     loss_agg: str = "token"
-    ratio: str = "token"  # token · sequence: geometric mean over the sequence · none: plain -A log p
+    # token · sequence: geometric mean over the sequence · none: plain -A log p
+    ratio: str = "token"
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
     # with A < 0 the objective is never below dual_clip·A (Ye et al. 2019, arXiv 1912.09729)
     dual_clip: float = 10.0
     kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy, frozen base)
-    dynamic_sampling: bool = False  # replace groups whose samples all have the same reward by new prompts
+    dynamic_sampling: bool = False  # replace groups of samples that are all alike by new prompts
     overlong: bool = False  # punish responses that come near max_new_tokens
 
 
 ALGOS = {
     # Williams 1992; nothing is clipped
-    "reinforce": Algo(advantage="batch", ratio="none", clip_eps_low=math.inf, clip_eps_high=math.inf),
+    "reinforce": Algo("batch", ratio="none", clip_eps_low=math.inf, clip_eps_high=math.inf),
     "grpo": Algo(loss_agg="sequence", kl_coef=0.04),  # arXiv 2402.03300
     "drgrpo": Algo(advantage="group", loss_agg="constant"),  # arXiv 2503.20783
     "dapo": Algo(clip_eps_high=0.28, dynamic_sampling=True, overlong=True),  # arXiv 2503.14476
@@ -714,7 +720,8 @@ def importance_ratio(logp, old, mask, algo):
     log_ratio = torch.where(mask, logp - old, 0.0)
     if algo.ratio == "sequence":  # GSPO
         log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1) * mask
-    return log_ratio.clamp(-20, 20).exp()  # a finite ratio, so that a branch not taken has no NaN gradient
+    # A finite ratio, so that a branch not taken has no NaN gradient.
+    return log_ratio.clamp(-20, 20).exp()
 
 
 def policy_loss(logp, old, adv_B, mask, weight, algo):
@@ -745,10 +752,12 @@ def trunk_policy_loss(logp_BT, mb, algo):
 
 def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
     """What the heads learn by, mean over depths: "ce" cross-entropy on the sampled tokens, "policy" the clipped loss."""
-    K = max(logp_BKT.size(1), 1)  # without heads the arrays are empty, and the loss is 0
     if kind == "policy":
-        return policy_loss(logp_BKT, mb["old_mtp"], adv_B, mb["mask_mtp"], mb["weight_mtp"], algo) / K
-    return -(mb["weight_ce"] * logp_BKT).sum() / K
+        mask, weight = mb["mask_mtp"], mb["weight_mtp"]
+        loss = policy_loss(logp_BKT, mb["old_mtp"], adv_B, mask, weight, algo)
+    else:
+        loss = -(mb["weight_ce"] * logp_BKT).sum()
+    return loss / max(logp_BKT.size(1), 1)  # without heads the arrays are empty, and the loss is 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -757,7 +766,8 @@ def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
 
 def logprobs(model, heads, mb, cfg, door=1.0):
     """mtp.logprobs of a minibatch: logp (B, T-1), logp_mtp (B, K, T-1), and the hidden states."""
-    return mtp.logprobs(model, heads, mb["tokens"], mb["mask"], cfg.temperature, cfg.logp_impl, door)
+    settings = cfg.temperature, cfg.logp_impl, door
+    return mtp.logprobs(model, heads, mb["tokens"], mb["mask"], *settings)
 
 
 def released_lam(logp_BT, logp_BKT, mb):
@@ -778,10 +788,11 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     the first update they are those of its own forward pass.
     """
     G, K = cfg.num_generations, len(heads.heads) if heads else 0
-    P = len(adv_B) // G
+    groups = torch.arange(len(adv_B)).view(-1, G)
+    cuts = min(cfg.updates_per_rollout, len(groups))
     parts = []
-    for groups in torch.arange(P).tensor_split(min(cfg.updates_per_rollout, P)) if P else ():
-        rows = slice(int(groups[0]) * G, (int(groups[-1]) + 1) * G)
+    for part in groups.tensor_split(cuts) if cuts else []:
+        rows = part.flatten()
         T = 2 + int(batch["mask"][rows].any(0).nonzero().max())  # the longest ends here
         mask_BT = batch["mask"][rows, : T - 1]
         mask_BKT = mtp.aligned_mask(mask_BT, K)
@@ -795,7 +806,7 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
             "weight_mtp": token_weights(mask_BKT, algo.loss_agg, cfg.max_new_tokens),
             "weight_ce": token_weights(mask_BKT, "token", cfg.max_new_tokens),
         }
-        mine = share(len(groups))
+        mine = share(len(part))
         mb = {k: x[mine.start * G : mine.stop * G] for k, x in mb.items()}
         if parts:
             mb["old"], mb["old_mtp"], _ = logprobs(model, heads, mb, cfg)
@@ -812,7 +823,7 @@ def largest(x):
 
 def ratio_metrics(name, logp, old, adv_B, mask, algo):
     """Largest importance ratio, and share of tokens that the clip takes out below (A < 0) and above (A > 0)."""
-    ratio = importance_ratio(logp.detach(), old, mask, algo)
+    ratio = importance_ratio(logp, old, mask, algo)
     adv = adv_B.view(-1, *[1] * (logp.ndim - 1))
     low = mask & (ratio < 1 - algo.clip_eps_low) & (adv < 0)
     high = mask & (ratio > 1 + algo.clip_eps_high) & (adv > 0)
@@ -824,17 +835,19 @@ def ratio_metrics(name, logp, old, adv_B, mask, algo):
     }
 
 
+@torch.no_grad()
 def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
     """What the forward pass of an update tells of trunk and heads; first: of the first update after the rollout."""
     metrics = {}
     if first:
         # The gap is to the sampler's log-probs, in this minibatch. The agreement is the share of tokens that a speculative
         # sampler would accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
-        metrics["rollout/logp_gap"] = largest((logp_BT.detach() - mb["logp"]).abs() * mb["mask"])
-        accepted_BKT = (logp_BKT.detach() - logp_BT.detach()[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
+        metrics["rollout/logp_gap"] = largest((logp_BT - mb["logp"]).abs() * mb["mask"])
+        accepted_BKT = (logp_BKT - logp_BT[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
         scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
-        shares = (total(accepted_BKT.sum((0, 2))) / scored_K).tolist()
-        metrics |= {f"mtp/agreement_{k}": value for k, value in enumerate(shares, 1)}
+        shares_K = total(accepted_BKT.sum((0, 2))) / scored_K
+        for k, value in enumerate(shares_K.tolist(), 1):
+            metrics[f"mtp/agreement_{k}"] = value
     if logp_BKT.size(1):
         metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], adv_mtp_B, mb["mask_mtp"], algo)
     return metrics | ratio_metrics("actor", logp_BT, mb["old"], mb["adv"], mb["mask"], algo)
@@ -842,11 +855,9 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
 
 def summary(updates):
     """One step's updates as one record: means, of ratio_max the largest, and of occ/ the last (the first λ_t is 0)."""
-    values, record = {}, {}
-    for metrics in updates:
-        for name, value in metrics.items():
-            values.setdefault(name, []).append(value)
-    for name, numbers in values.items():
+    record = {}
+    for name in ChainMap(*updates):  # the names of all of them
+        numbers = [metrics[name] for metrics in updates if name in metrics]
         if name.startswith("occ/"):
             record[name] = numbers[-1]
         elif name.endswith("ratio_max"):
@@ -863,7 +874,8 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     movement changes: Δ_MTP of the paper knows no other.
     """
     logp, logp_mtp, h = logprobs(model, heads, mb, cfg)  # the doors open
-    losses = [trunk_policy_loss(logp, mb, algo), mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)]
+    loss_mtp = mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)
+    losses = [trunk_policy_loss(logp, mb, algo), loss_mtp]
     g, m = [occ.flat_grad(loss, list(model.parameters())) for loss in losses]
     terms = occ.exact_terms(g, m, cfg.lam_plus)
     terms["lam_logprob"] = occ.logprob_coefficient(*deltas, cfg.lam_plus).item()
