@@ -49,7 +49,7 @@ from model import autocast, gather, generate, share, total
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
 GPT2_HELP = (
-    "connect to a network once, or set TIKTOKEN_CACHE_DIR to a folder that has these files of "
+    "its files could not be fetched; connect to a network once, or set TIKTOKEN_CACHE_DIR to a folder that has these files of "
     "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names that tiktoken looks for: vocab.bpe "
     "as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 )
@@ -60,17 +60,14 @@ def get_tokenizer(name):
     """A tiktoken.Encoding: "bytes" has a token a byte, "gpt2" is fetched at first use. ValueError else."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOS: 256}
-        )
+        pieces = {"pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {EOS: 256}}
+        return tiktoken.Encoding(name, **pieces)
     if name != "gpt2":
         raise ValueError(f"--tokenizer {name}: unknown; allowed: bytes, gpt2")
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
-        raise ValueError(
-            f"--tokenizer gpt2: its files could not be fetched; {GPT2_HELP}"
-        ) from error
+        raise ValueError(f"--tokenizer gpt2: {GPT2_HELP}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,21 +86,17 @@ def write(x, n):
     return f"{x:0{n}}"[::-1]
 
 
-def digits(x, n):
-    return [int(digit) for digit in write(x, n)]
-
-
 def kept(carry, slips):
     """The carry, or 0 where it is forgotten. slips: None in careful work, else the random.Random that tosses a coin."""
     forgotten = carry and slips is not None and slips.random() < 0.5
     return 0 if forgotten else carry
 
 
-def columns(sums, slips):
-    """Column arithmetic: the digits of sum_i sums[i]·10^i, lowest first."""
+def columns(operation, a, b, n, slips):
+    """The n lowest digits of a and b, column by column: what the operation makes of two digits, and the carry."""
     written, carry = "", 0
-    for s in sums:
-        s += kept(carry, slips)
+    for i, j in zip(write(a, n), write(b, n)):
+        s = operation(int(i), int(j)) + kept(carry, slips)
         written += str(s % 10)
         carry = s // 10
     return written
@@ -118,27 +111,26 @@ def draw_two(rng, n):
 
 def solve_add(operands, n, slips):
     a, b = operands
-    sums = map(operator.add, digits(a, n + 1), digits(b, n + 1))
-    return f"{write(a, n)}+{write(b, n)}=", "", columns(sums, slips)
+    return f"{write(a, n)}+{write(b, n)}=", "", columns(operator.add, a, b, n + 1, slips)
 
 
 def solve_sub(operands, n, slips):
     a, b = max(operands), min(operands)
-    sums = map(operator.sub, digits(a, n), digits(b, n))
-    return f"{write(a, n)}-{write(b, n)}=", "", columns(sums, slips)
+    return f"{write(a, n)}-{write(b, n)}=", "", columns(operator.sub, a, b, n, slips)
 
 
 def solve_mul(operands, n, slips):
     a, b = operands
-    return f"{write(a, n)}*{b}=", "", columns([i * b for i in digits(a, n + 1)], slips)
+    b_everywhere = int(str(b) * (n + 1))  # it meets every digit of a
+    return f"{write(a, n)}*{b}=", "", columns(operator.mul, a, b_everywhere, n + 1, slips)
 
 
 def solve_mod(operands, n, slips):
     """Horner's rule from the highest digit; the working is the remainder so far, which plays the carry."""
     a, m = operands
     remainder, working = 0, ""
-    for i in reversed(digits(a, n)):
-        remainder = (10 * kept(remainder, slips) + i) % m
+    for digit in reversed(write(a, n)):
+        remainder = (10 * kept(remainder, slips) + int(digit)) % m
         working += str(remainder)
     return f"{write(a, n)}%{m}=", working[:-1], working[-1]
 
@@ -149,11 +141,11 @@ def draw_chain(rng, n):
 
 def solve_chain(operands, n, slips):
     """Running sums of one-digit terms; the working is the sums before the last."""
-    sums = [write(operands[0], 2)]
+    total_so_far, sums = operands[0], []
     for term in operands[1:]:
-        ones, tens = map(int, sums[-1])
-        sums.append(columns([ones + term, tens], slips))
-    return "+".join(map(str, operands)) + "=", ",".join(sums[1:-1]), sums[-1]
+        sums.append(columns(operator.add, total_so_far, term, 2, slips))
+        total_so_far = int(sums[-1][::-1])
+    return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
 
 
 def draw_linear(rng, n):
@@ -165,7 +157,7 @@ def solve_linear(operands, n, slips):
     """Solve a·x + b = c for the digit x; the working is c - b."""
     a, x, b = operands
     c = a * x + b
-    difference = columns(map(operator.sub, digits(c, n), digits(b, n)), slips)
+    difference = columns(operator.sub, c, b, n, slips)
     return f"{a}x+{write(b, n)}={write(c, n)}:", difference, str(int(difference[::-1]) // a % 10)
 
 
@@ -364,8 +356,8 @@ def problem_of(record, path, where):
     that ends in "#### gold", or in `final_answer`, a list of one, or it is what `solution` gives as its answer.
     """
     if not isinstance(record, dict):
-        lack = "not a record with a problem and an answer"
-        raise ValueError(f"{where}: {lack}: {str(record)[:40]!r}")
+        start = str(record)[:40]
+        raise ValueError(f"{where}: not a record with a problem and an answer: {start!r}")
     fields = defaultdict(str)  # its texts, and its numbers as people write them
     for name, value in record.items():
         if name == "final_answer" and isinstance(value, list) and len(value) == 1:
@@ -452,9 +444,9 @@ SPELLINGS = (  # of numbers
     (r" ?(?:\\times|\\cdot|\*|x) ?10\^", "e"),
     (r"^([+-]?)10\^", r"\g<1>1e"),
 )  # fmt: skip
-NUMBER = (
-    rf"([+-]?) ?(?:(?:(\d+) )?({DECIMAL})/(-?{DECIMAL})|({DECIMAL}(?:[eE][+-]?\d{{1,4}})?)) ?%?"
-)
+FRACTION = rf"(?:(\d+) )?({DECIMAL})/(-?{DECIMAL})"
+SPACED = r" ?([^\w\s]) ?"
+NUMBER = rf"([+-]?) ?(?:{FRACTION}|({DECIMAL}(?:[eE][+-]?\d{{1,4}})?)) ?%?"
 
 
 def extract_answer(text):
@@ -464,14 +456,13 @@ def extract_answer(text):
     """
     starts = [match.end() for match in re.finditer(r"\\boxed\s*\{", text)]
     for start in reversed(starts[-10:]):  # the last ones may be cut off, or only mention a box
-        depth = 1
-        for end in range(start, min(len(text), start + LONGEST)):
-            depth += (text[end] == "{") - (text[end] == "}")
+        depth, rest = 1, text[start : start + LONGEST]
+        for end, c in enumerate(rest):
+            depth += (c == "{") - (c == "}")
             if depth == 0:
                 break
-        box = text[start:end].strip() if depth == 0 else ""
-        if any(c.isalnum() for c in box):
-            return box
+        if depth == 0 and any(map(str.isalnum, rest[:end])):
+            return rest[:end].strip()
     bare = re.findall(r"\\boxed\s*(-?\d+(?:[.,/]\d+)*)", text)
     if bare:
         return bare[-1]
@@ -484,7 +475,7 @@ def extract_answer(text):
 
 
 def read_number(text):
-    """The exact value of a tidied text, None if it is no number."""
+    """(exact value, whether in percent) of a tidied text, None if it is no number."""
     for pattern, by in SPELLINGS:
         text = re.sub(pattern, by, text, flags=re.ASCII)
     match = re.fullmatch(NUMBER, text.strip().rstrip("., "), re.ASCII)
@@ -496,7 +487,7 @@ def read_number(text):
         return None
     value = int(whole or 0) + Fraction(decimal or top) / bottom
     value = -value if sign == "-" else value
-    return value / 100 if "%" in text else value
+    return (value / 100, True) if "%" in text else (value, False)
 
 
 def tidied(text):
@@ -522,15 +513,12 @@ def answers_equal(gold, candidate):
         return int(gold) == int(candidate)
     gold, candidate = tidied(gold), tidied(candidate)
     a, b = read_number(gold), read_number(candidate)
-    if a is not None and b is not None:
-        without_sign = "%" in gold and "%" not in candidate
-        return a == b or (without_sign and 100 * a == b)
-    if a is not None or b is not None:
+    if a and b:
+        return a[0] == b[0] or (a[1] and not b[1] and 100 * a[0] == b[0])
+    if a or b:
         return False
-    gold, candidate = [
-        re.sub(r" ?([^\w\s]) ?", r"\1", text).rstrip(".") for text in (gold, candidate)
-    ]
-    if re.fullmatch(r"[a-zA-Z ]{4,}", gold):  # words, not a product of variables
+    gold, candidate = [re.sub(SPACED, r"\1", text).rstrip(".") for text in (gold, candidate)]
+    if re.fullmatch("[a-zA-Z ]{4,}", gold):  # words, not a product of variables
         gold, candidate = gold.casefold(), candidate.casefold()
     return gold == candidate != ""
 
@@ -547,26 +535,23 @@ def is_right(problem, text):
 # Rollout
 
 
-def sample(model, tok, problems, num_generations, max_new_tokens, temperature, generator, heads=None):  # fmt: skip
-    """num_generations completions of each problem: the dict of model.generate with reward (B,), and their texts.
+def sample(model, tok, problems, G, max_new_tokens, temperature, generator, heads=None):
+    """G completions of each problem: the dict of model.generate with reward (B,), and their texts.
 
     With heads, they draft (mtp.speculative_generate). Of several processes each samples for its share of the problems,
     and all of them get everything. The random numbers are those of all problems, so the samples do not depend on it.
     """
-    G, device = num_generations, model.wte.weight.device
-    numbers_a_token = [3] if heads else []
-    u = torch.rand(len(problems) * G, max_new_tokens, *numbers_a_token, generator=generator)
-    mine = share(len(problems))
-    u = u[mine.start * G : mine.stop * G]
+    device, mine = model.wte.weight.device, share(len(problems))
+    shape = [len(problems) * G, max_new_tokens] + ([3] if heads else [])
+    u = torch.rand(shape, generator=generator)[mine.start * G : mine.stop * G]
     room = max(model.cfg.block_size - max_new_tokens, 1)  # of a prompt too long, its end
     prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems[mine]]
     part = None
     if prompts:
         args = prompts, G, max_new_tokens, tok.eot_token, temperature, u
+        draft = functools.partial(mtp.speculative_generate, model, heads)
         with autocast(device):
-            part = (
-                mtp.speculative_generate(model, heads, *args) if heads else generate(model, *args)
-            )
+            part = draft(*args) if heads else generate(model, *args)
         part = {k: x.cpu() for k, x in part.items()}
     batch = concatenate([part for part in gather(part) if part])
     texts, right = [], []
@@ -615,7 +600,7 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
         has_gradient_P = informative(rewards)  # by correctness alone, before the penalty
         batch["has_gradient"] = has_gradient_P.repeat_interleave(G)
         if algo.overlong:
-            batch["reward"] = batch["reward"] + overlong_penalty(batch["mask"].sum(1), R)
+            batch["reward"] += overlong_penalty(batch["mask"].sum(1), R)
         batches.append(batch)
         missing -= int(has_gradient_P.sum())
     batch = concatenate(batches)
@@ -766,8 +751,8 @@ def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
 
 def logprobs(model, heads, mb, cfg, door=1.0):
     """mtp.logprobs of a minibatch: logp (B, T-1), logp_mtp (B, K, T-1), and the hidden states."""
-    settings = cfg.temperature, cfg.logp_impl, door
-    return mtp.logprobs(model, heads, mb["tokens"], mb["mask"], *settings)
+    tokens, mask = mb["tokens"], mb["mask"]
+    return mtp.logprobs(model, heads, tokens, mask, cfg.temperature, cfg.logp_impl, door)
 
 
 def released_lam(logp_BT, logp_BKT, mb):
@@ -787,7 +772,7 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     those of the whole. All but the first have old and old_mtp, the log-probs before any update, by a forward pass; in
     the first update they are those of its own forward pass.
     """
-    G, K = cfg.num_generations, len(heads.heads) if heads else 0
+    G, R, K = cfg.num_generations, cfg.max_new_tokens, len(heads.heads) if heads else 0
     groups = torch.arange(len(adv_B)).view(-1, G)
     cuts = min(cfg.updates_per_rollout, len(groups))
     parts = []
@@ -801,10 +786,10 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
             "mask": mask_BT,
             "logp": batch["logp"][rows, : T - 1],
             "adv": adv_B[rows],
-            "weight": token_weights(mask_BT[:, None], algo.loss_agg, cfg.max_new_tokens)[:, 0],
+            "weight": token_weights(mask_BT[:, None], algo.loss_agg, R)[:, 0],
             "mask_mtp": mask_BKT,
-            "weight_mtp": token_weights(mask_BKT, algo.loss_agg, cfg.max_new_tokens),
-            "weight_ce": token_weights(mask_BKT, "token", cfg.max_new_tokens),
+            "weight_mtp": token_weights(mask_BKT, algo.loss_agg, R),
+            "weight_ce": token_weights(mask_BKT, "token", R),
         }
         mine = share(len(part))
         mb = {k: x[mine.start * G : mine.stop * G] for k, x in mb.items()}
