@@ -88,7 +88,7 @@ def write(x, n):
 
 def kept(carry, slips):
     """The carry, or 0 where it is forgotten. slips: None in careful work, else the random.Random that tosses a coin."""
-    forgotten = carry and slips is not None and slips.random() < 0.5
+    forgotten = carry and slips and slips.random() < 0.5
     return 0 if forgotten else carry
 
 
@@ -141,11 +141,11 @@ def draw_chain(rng, n):
 
 def solve_chain(operands, n, slips):
     """Running sums of one-digit terms; the working is the sums before the last."""
-    total_so_far, sums = operands[0], []
+    sums = [write(operands[0], 2)]
     for term in operands[1:]:
-        sums.append(columns(operator.add, total_so_far, term, 2, slips))
-        total_so_far = int(sums[-1][::-1])
-    return "+".join(map(str, operands)) + "=", ",".join(sums[:-1]), sums[-1]
+        so_far = int(sums[-1][::-1])
+        sums.append(columns(operator.add, so_far, term, 2, slips))
+    return "+".join(map(str, operands)) + "=", ",".join(sums[1:-1]), sums[-1]
 
 
 def draw_linear(rng, n):
@@ -198,10 +198,9 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
         key = sorted(operands) if kind.commutes else list(operands)
         if one_in_eight(f"{suite} {key}") == held_out:
             break
-    prompt, working, right = kind.solve(operands, n, None)
-    written = right
-    if rng.random() < careless:
-        _, working, written = kind.solve(operands, n, rng)
+    prompt, _, right = kind.solve(operands, n, None)
+    slips = rng if rng.random() < careless else None
+    _, working, written = kind.solve(operands, n, slips)
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
@@ -279,25 +278,25 @@ def suites_of(task, data_dir="data", scoring=False):
     """
     flag, known, groups = "--task", TRAIN, {"arithmetic": SUITES}
     if scoring:
-        flag, known, groups = "--suite", SCORE, {"arithmetic": SUITES, "competition": COMPETITION}
-    names = []
+        flag, known, groups = "--suite", SCORE, groups | {"competition": COMPETITION}
+    names, suites = [], {}  # suites by their label
     for name in task.split(","):
         names += groups.get(name, [name])
-    suites = {}  # by their label
     for name in names:
-        suite = data_file(known[name], data_dir) if name in known else name
-        if suite == name and name in [*SCORE, "competition"]:
+        if name in known:
+            name = data_file(known[name], data_dir)
+        elif name in [*SCORE, "competition"]:
             advice = f"a set to score on: python eval.py score RUN --suite {name}"
             raise ValueError(f"{flag} {name}: {advice}")
-        if suite not in SUITES and not suite.endswith(".jsonl"):
+        if name.endswith(".jsonl"):
+            read_problems(name)
+        elif name not in SUITES:
             allowed = f"{', '.join(groups)}, or some of {','.join([*SUITES, *known])},FILE.jsonl"
             raise ValueError(f"{flag}: unknown suite {name!r}; allowed: {allowed}")
-        if suite not in SUITES:
-            read_problems(suite)
-        tag = label(suite)
-        if tag in ("score", "all") or suites.setdefault(tag, suite) != suite:
+        tag = label(name)
+        if tag in ("score", "all") or suites.setdefault(tag, name) != name:
             taken = f"the name {tag} is taken in logs and tables"
-            raise ValueError(f"{flag}: {suite}: {taken}; rename the file")
+            raise ValueError(f"{flag}: {name}: {taken}; rename the file")
     return list(suites.values())
 
 
@@ -466,11 +465,12 @@ def extract_answer(text):
     bare = re.findall(r"\\boxed\s*(-?\d+(?:[.,/]\d+)*)", text)
     if bare:
         return bare[-1]
-    _, found, tail = text.rpartition("####")
-    if not found:
-        parts = re.split(r"answer[*_]{0,3}\s{0,3}:", text, flags=re.IGNORECASE)
-        tail = parts[-1] if len(parts) > 1 else ""
-    line = tail.lstrip("*_` \t\r\n").partition("\n")[0]
+    parts = text.rsplit("####", 1)
+    if len(parts) == 1:
+        parts = re.split(r"(?i)answer[*_]{0,3}\s{0,3}:", text)
+    if len(parts) == 1:
+        return None
+    line = parts[-1].lstrip("*_` \t\r\n").partition("\n")[0]
     return line.rstrip("*_`. \t\r") or None
 
 
@@ -549,9 +549,11 @@ def sample(model, tok, problems, G, max_new_tokens, temperature, generator, head
     part = None
     if prompts:
         args = prompts, G, max_new_tokens, tok.eot_token, temperature, u
-        draft = functools.partial(mtp.speculative_generate, model, heads)
         with autocast(device):
-            part = draft(*args) if heads else generate(model, *args)
+            if heads:
+                part = mtp.speculative_generate(model, heads, *args)
+            else:
+                part = generate(model, *args)
         part = {k: x.cpu() for k, x in part.items()}
     batch = concatenate([part for part in gather(part) if part])
     texts, right = [], []
@@ -618,8 +620,7 @@ def rollout(model, heads, tok, problems, algo, cfg, generator):
     if "draft" in batch:
         record |= mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
     if algo.dynamic_sampling:
-        kept_B = batch["has_gradient"]
-        batch = {k: x[kept_B] for k, x in batch.items()}
+        batch = {k: x[batch["has_gradient"]] for k, x in batch.items()}
     return batch, record, examples[:8]
 
 
@@ -862,13 +863,13 @@ def probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout):
     loss_mtp = mtp_loss(regime.trunk_loss, logp_mtp, mb, mb["adv"], algo)
     losses = [trunk_policy_loss(logp, mb, algo), loss_mtp]
     g, m = [occ.flat_grad(loss, list(model.parameters())) for loss in losses]
-    terms = occ.exact_terms(g, m, cfg.lam_plus)
-    terms["lam_logprob"] = occ.logprob_coefficient(*deltas, cfg.lam_plus).item()
     at_h = [torch.autograd.grad(loss, h, retain_graph=True)[0] for loss in losses]
-    terms["lam_hidden"] = occ.hidden_coefficient(*at_h, cfg.lam_plus).item()
     with torch.no_grad():
         _, logp_frozen, _ = logprobs(model, heads_at_rollout, mb, cfg)
-    _, delta_frozen = occ.token_deltas(logp, mb["old"], logp_frozen, mb["old_mtp"], mb["mask_mtp"])
-    terms["lam_frozen"] = occ.logprob_coefficient(deltas[0], delta_frozen, cfg.lam_plus).item()
-    terms["v2_frozen"] = occ.inner(delta_frozen, delta_frozen).item()
-    return {f"occ/{name}": value for name, value in terms.items()}, g, m
+    _, frozen = occ.token_deltas(logp, mb["old"], logp_frozen, mb["old_mtp"], mb["mask_mtp"])
+    terms = occ.exact_terms(g, m, cfg.lam_plus)
+    terms["lam_logprob"] = occ.logprob_coefficient(*deltas, cfg.lam_plus)
+    terms["lam_hidden"] = occ.hidden_coefficient(*at_h, cfg.lam_plus)
+    terms["lam_frozen"] = occ.logprob_coefficient(deltas[0], frozen, cfg.lam_plus)
+    terms["v2_frozen"] = occ.inner(frozen, frozen)
+    return {f"occ/{name}": float(value) for name, value in terms.items()}, g, m
