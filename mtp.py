@@ -131,10 +131,28 @@ def after_rejection(log_p_BV, log_q_BV):
     return torch.where(residual_BV.sum(-1, keepdim=True) > 0, residual_BV.log(), log_p_BV)
 
 
-def settle(log_p, log_q_BKV, draft_BK, temperature, u):
-    """How many drafts of a round are accepted (B,), and the trunk's own token behind them (B,).
+def draft(model, heads, caches, tokens, states, n_B, width, end, temperature, u_BK):
+    """Each head writes its draft behind position n, the last token's. Returns their log-probs (B, K, V).
 
-    log_p (B, K+1, V) are the trunk's log-probs, and u (B, K+1, 3) the numbers of speculative_generate.
+    Head k reads the `width` positions before n and writes token n+k. What its cache has of the last K+1 of them may be of
+    rejected drafts, so each round makes these again. Older columns are right, and later ones are masked.
+    """
+    row = torch.arange(len(n_B), device=n_B.device)
+    window = (n_B[:, None] + torch.arange(-width, 0, device=n_B.device)).clamp(min=0)
+    below, log_q = states[row[:, None], window], []
+    for k, head in enumerate(heads.heads, start=1):
+        h = head(below, model.wte(tokens[row[:, None], window + k]), caches[k - 1], window, end)
+        log_q.append(tempered(model.logits(h[:, -1]), temperature))
+        tokens[row, n_B + k] = choose(log_q[-1], temperature, u_BK[:, k - 1])
+        below = h if heads.sequential else below
+    return torch.stack(log_q, 1)
+
+
+def settle(log_p, log_q_BKV, draft_BK, temperature, u):
+    """The tokens of a round (B, K+1), and how many of its drafts are accepted (B,).
+
+    These drafts come first, then one token of the trunk; columns after it mean nothing. log_p (B, K+1, V) are the trunk's
+    log-probs, and u (B, K+1, 3) the numbers of speculative_generate.
     """
     B, K = draft_BK.shape
     row = torch.arange(B, device=u.device)
@@ -144,7 +162,9 @@ def settle(log_p, log_q_BKV, draft_BK, temperature, u):
     if temperature != 0:
         log_q = F.pad(log_q_BKV, (0, 0, 0, 1), value=-torch.inf)  # q is 0 behind the last draft
         log_own_BV = after_rejection(log_own_BV, log_q[row, accepted_B])
-    return accepted_B, choose(log_own_BV, temperature, u[row, accepted_B, 2])
+    own_B = choose(log_own_BV, temperature, u[row, accepted_B, 2])
+    is_draft = torch.arange(K + 1, device=u.device) < accepted_B[:, None]
+    return torch.where(is_draft, F.pad(draft_BK, (0, 1)), own_B[:, None]), accepted_B
 
 
 @torch.no_grad()
@@ -173,8 +193,7 @@ def speculative_generate(
     # The first token comes from the trunk. Of each row, n is the position of the last token so far, and stop the first
     # where no token may go: behind the end token, or else behind R tokens.
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    first = length.repeat_interleave(num_generations)
-    n = first
+    n = first = length.repeat_interleave(num_generations)
     log_p = tempered(model.logits(states[row, n - 1]), temperature)
     tokens[row, n] = choose(log_p, temperature, u_BR3[:, 0, 2])
     logp[row, n] = at_token(log_p, tokens[row, n])
@@ -187,39 +206,28 @@ def speculative_generate(
         pos = (at - 1).clamp(max=room - 1)  # where the trunk reads; not used behind the end
         end = int(pos.max()) + 1
 
-        # 1 draft: head k reads the positions before n and writes token n+k. What its cache has of the last K+1 of them
-        # may be of rejected drafts, so each round makes these again. Older columns are right, later ones masked.
-        window = (n[:, None] + torch.arange(-width, 0, device=device)).clamp(min=0)
-        width = K + 1  # the first round reads whole prompts
-        below, log_q = states[rows, window], []
-        for k, head in enumerate(heads.heads, start=1):
-            h = head(below, model.wte(tokens[rows, window + k]), head_caches[k - 1], window, end)
-            log_q.append(tempered(model.logits(h[:, -1]), temperature))
-            tokens[row, n + k] = choose(log_q[-1], temperature, u[:, k - 1, 0])
-            below = h if heads.sequential else below
-
+        # 1 draft
+        args = tokens, states, n, width, end, temperature, u[..., 0]
+        log_q = draft(model, heads, head_caches, *args)
+        width = K + 1  # only the first round reads whole prompts
         # 2 verify: the trunk reads the last token and all drafts in one pass
-        drafts = tokens[rows, at[:, :K]]
         h = model.hidden(tokens[rows, at - 1], caches, pos, end)
         states[rows, pos] = h
         log_p = tempered(model.logits(h), temperature)
-        accepted, own = settle(log_p, torch.stack(log_q, 1), drafts, temperature, u)
-
+        new, accepted = settle(log_p, log_q, tokens[rows, at[:, :K]], temperature, u)
         # 3 keep the accepted drafts and one token of the trunk, up to the end of the response
-        is_draft = j < accepted[:, None]
-        new = torch.where(is_draft, tokens[rows, at], own[:, None])
         kept = (j <= accepted[:, None]) & (at < stop[:, None])
         ended = (new == eos) & kept
         kept &= ended.cumsum(1) - ended.long() == 0  # nothing behind the end token
         tokens[rows, at] = new * kept
         logp[rows, at] = at_token(log_p, new) * kept
-        depth[rows, at] = torch.where(kept, (1 + j) * is_draft, -1)
+        depth[rows, at] = torch.where(kept, (1 + j) * (j < accepted[:, None]), -1)
         n = n + kept.sum(1)
         stop = torch.where(ended.any(1), n + 1, stop)
-    mask = depth >= 0
-    end = int(mask.any(0).nonzero().max()) + 1
-    out = {"tokens": tokens[:, :end], "mask": mask[:, 1:end], "logp": logp[:, 1:end]}
-    return out | {"draft": depth[:, 1:end].clamp(min=0)}
+    end = int((depth >= 0).any(0).nonzero().max()) + 1
+    depth = depth[:, 1:end]
+    out = {"tokens": tokens[:, :end], "mask": depth >= 0, "logp": logp[:, 1:end]}
+    return out | {"draft": depth.clamp(min=0)}
 
 
 def speculation_metrics(mask_BT, draft_BT, depth):
