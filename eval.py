@@ -7,14 +7,12 @@
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP
     python eval.py reproduce                                # regimes × seeds, five figures, tables, claims
 
-avg@k is the mean accuracy of k samples a problem; pass@k = 1 - C(n - c, k)/C(n, k) is the chance that one of k samples
-is right, estimated without bias from n samples of which c are right (Chen et al. 2021, arXiv 2107.03374). The model is
-rebuilt from the run's own config. Plots read metrics.jsonl and nothing else; runs that differ only in the seed, and in
-what is no part of the experiment (NOT_THE_EXPERIMENT), are one line, with a 95 % band over seeds. All intervals are
-Student's t.
+avg@k is the mean accuracy of k samples a problem, pass@k the chance that one of k samples is right. The model is rebuilt
+from the run's own config. Plots read metrics.jsonl and nothing else. Runs that differ only in the seed, and in what is no
+part of the experiment, are one line, with a 95 % band over seeds. All intervals are Student's t.
 
-What train.py needs too is here: reading a run, curves, and the command line's manners (a mistake is one line on stderr,
-exit code 2).
+train.py needs some of this too: it reads runs, draws curves, and has the same command line, where a mistake is one line on
+stderr and exit code 2.
 
 Dimension key: P parameters · N minibatches · S sizes of a minibatch · B sequences · T positions
 """
@@ -24,13 +22,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see train.py
 
 import argparse
-import concurrent.futures
 import contextlib
 import copy
 import csv
 import dataclasses
-import functools
-import importlib.util
 import inspect
 import itertools
 import json
@@ -40,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, get_args
@@ -64,10 +59,9 @@ CHECKPOINT = ("step", "steps", "seconds", "model", "heads", "optimizer")  # what
 
 def build(cfg, device):
     """The trunk and its heads as initialised from the seed of a config."""
-    tok = rl.get_tokenizer(cfg.tokenizer)
-    lengths = [rl.longest(suite, cfg.difficulty, tok) for suite in rl.suites_of(cfg.task, cfg.data_dir)]
-    response = max(cfg.max_new_tokens, max(solution for _, solution, _ in lengths) + 1)
-    block_size = max(prompt for prompt, _, _ in lengths) + response
+    tok, suites = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir)
+    prompts, solutions, _ = zip(*(rl.longest(suite, cfg.difficulty, tok) for suite in suites))
+    block_size = max(prompts) + max(cfg.max_new_tokens, max(solutions) + 1)
     torch.manual_seed(cfg.seed)
     shape = GPTConfig(tok.n_vocab, block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.tied)
     return GPT(shape).to(device), mtp.MTPHeads(shape, cfg.mtp_depth, cfg.mtp_design).to(device)
@@ -89,18 +83,17 @@ def read_metrics(folder):
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if not lines:
         raise ValueError(f"{path}: empty: the run never began; start it again")
-    records = [rl.parse_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
+    records = []
+    for i, line in enumerate(lines, 1):
+        record = rl.parse_json(line, f"{path}:{i}")
+        name, keys = ("header", ("config", "seed", "versions")) if i == 1 else ("step", ("step",))
+        if not isinstance(record, dict) or not all(key in record for key in keys):
+            raise ValueError(f"{path}:{i}: not the {name} of a run: it lacks {' or '.join(keys)}")
+        records.append(record)
     header = records.pop(0)
-    try:
-        version, _ = header["versions"]["nanoocc"], header["config"]["regime"]
-    except (KeyError, TypeError):
-        wanted = "the header of a run (config, seed, commit, versions, device)"
-        raise ValueError(f"{path}:1: not {wanted}") from None
+    version = header["versions"].get("nanoocc")
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
-    for i, record in enumerate(records, 2):
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{i}: not the record of a step")
     return header, records
 
 
@@ -109,8 +102,9 @@ def read_run(folder, name="ckpt.pt"):
     header, records = read_metrics(folder)
     path = Path(folder) / name
     if not path.exists():
-        if records and records[-1]["step"] > 0:
-            raise ValueError(f"{path}: missing, though metrics.jsonl has {records[-1]['step']} steps")
+        steps = records[-1]["step"] if records else 0
+        if steps > 0:
+            raise ValueError(f"{path}: missing, though metrics.jsonl has {steps} steps")
         return header["config"], None
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,20 +124,22 @@ def load_weights(ckpt, **parts):
 
 
 def load_run(folder, device, name="ckpt.pt", with_heads=False):
-    """Config and (trunk, heads, optimizer) of a run's checkpoint.
+    """Config and (trunk, heads, optimizer) of a run's checkpoint, on the device of that name.
 
     In regime off heads is None, or with_heads raises ValueError.
     """
-    values, ckpt = read_run(folder, name)
+    config, ckpt = read_run(folder, name)
     if ckpt is None:
-        raise ValueError(f"{folder}: no checkpoint yet; go on with python train.py --resume {folder}")
-    cfg = SimpleNamespace(**values)
+        how = f"go on with python train.py --resume {folder}"
+        raise ValueError(f"{folder}: no checkpoint yet; {how}")
+    cfg = SimpleNamespace(**config)
     try:
-        model, heads, optimizer = new_state(cfg, device)
+        model, heads, optimizer = new_state(cfg, find_device(device))
     except AttributeError as error:
-        raise ValueError(f"{folder}: a run of another version: its config has no {error.name}") from None
+        lack = f"its config has no {error.name}"
+        raise ValueError(f"{folder}: a run of another version: {lack}") from None
     if with_heads and not heads:
-        raise ValueError(f"{folder}: regime off has no heads, hence no MTP gradient and no lambda")
+        raise ValueError(f"{folder}: regime off has no heads, so no drafts and no lambda")
     load_weights(ckpt, model=model, heads=heads, optimizer=optimizer)
     return cfg, (model, heads, optimizer)
 
@@ -161,11 +157,10 @@ def student_t(freedom):
 def interval(values):
     """Mean of numbers, without those that are nan, and half-width of its 95 % interval; nan where it cannot be had."""
     x = [value for value in values if not math.isnan(value)]
-    if not x:
-        return math.nan, math.nan
-    if len(x) == 1:
-        return x[0], math.nan
-    return statistics.fmean(x), student_t(len(x) - 1) * statistics.stdev(x) / len(x) ** 0.5
+    mean = statistics.fmean(x) if x else math.nan
+    if len(x) < 2:
+        return mean, math.nan
+    return mean, student_t(len(x) - 1) * statistics.stdev(x) / len(x) ** 0.5
 
 
 def mean_of(intervals):
@@ -178,7 +173,8 @@ def cell(interval, digits=1):
     mean, half = interval
     if math.isnan(mean):
         return "–"
-    return f"{mean:.{digits}f} (n = 1)" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    spread = "(n = 1)" if math.isnan(half) else f"± {half:.{digits}f}"
+    return f"{mean:.{digits}f} {spread}"
 
 
 def markdown(head, rows):
@@ -199,40 +195,40 @@ def write_table(path, head, rows):
 
 
 def pass_at_k(n, c, k):
-    """Unbiased pass@k from n samples of which c are right."""
+    """Unbiased pass@k from n samples of which c are right (Chen et al. 2021, arXiv 2107.03374)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def equal_by_algebra(gold, candidate):
-    """What math-verify (an optional package) says of two formulas, where `rl.answers_equal` says no.
+    """What math-verify says of two formulas, where `rl.answers_equal` says no; False where it is not installed.
 
     It evaluates what it reads, which could take forever: long numbers, factorials and powers of powers are not given to it.
     """
-    if candidate is None or len(candidate) > 200 or re.search(r"\d{5}|__|!|\*\*|\^.*\^", candidate):
+    if candidate is None or len(candidate) > 200:
+        return False
+    if re.search(r"\d{5}|__|!|\*\*|\^.*\^", candidate):
         return False
     if rl.read_number(rl.tidied(gold)):  # numbers need no algebra
         return False
-    import math_verify
-
     try:
-        parsed = [math_verify.parse(f"${text.strip('$')}$", parsing_timeout=1) for text in (gold, candidate)]
-        return bool(math_verify.verify(*parsed, timeout_seconds=1))
+        from math_verify import parse, verify
+
+        a, b = [parse(f"${text.strip('$')}$", parsing_timeout=1) for text in (gold, candidate)]
+        return bool(verify(a, b, timeout_seconds=1))
     except Exception:  # whatever it meets in a text that it cannot read
         return False
 
 
-def samples_of(cfg, model, heads, problems, args, max_new_tokens):
+def samples_of(cfg, model, heads, problems, args):
     """args.k samples of each problem, about 512 rows at a time: their batch, and their texts."""
-    if args.speculative and heads is None:
-        raise ValueError(f"--speculative: {args.run} has no heads to draft with")
-    drafting = heads if args.speculative else None
     tok, generator = rl.get_tokenizer(cfg.tokenizer), torch.Generator().manual_seed(args.seed)
+    drafters = heads if args.speculative else None
+    options = (args.k, cfg.max_new_tokens, args.temperature, generator, drafters)
     batches, texts, chunk = [], [], max(512 // args.k, 1)
     for i in range(0, len(problems), chunk):
-        part = problems[i : i + chunk]
-        out = rl.sample(model, tok, part, args.k, max_new_tokens, args.temperature, generator, drafting)
-        batches.append(out[0])
-        texts += out[1]
+        batch, completions = rl.sample(model, tok, problems[i : i + chunk], *options)
+        batches.append(batch)
+        texts += completions
     return rl.concatenate(batches), texts
 
 
@@ -242,15 +238,15 @@ def score(args):
     The suites are the held-out problems of what the run was trained on, or those of --suite; a data set that shares
     problems with the training data is refused.
     """
-    cfg, (model, heads, _) = load_run(args.run, find_device(args.device))
+    cfg, (model, heads, _) = load_run(args.run, args.device, with_heads=args.speculative)
     suites = trained = rl.suites_of(cfg.task, cfg.data_dir)
     if args.suite:
         suites = rl.suites_of(args.suite, args.data_dir or cfg.data_dir, scoring=True)
         rl.check_apart(trained, suites)
     tok, room = rl.get_tokenizer(cfg.tokenizer), model.cfg.block_size
-    new = args.max_new_tokens or cfg.max_new_tokens
+    cfg.max_new_tokens = new = args.max_new_tokens or cfg.max_new_tokens
     if new >= room:
-        raise ValueError(f"--max_new_tokens {new}: must be below {room}, the positions that the model has")
+        raise ValueError(f"--max_new_tokens {new}: must be below {room}, the model's positions")
     ks = sorted({args.k // 4, args.k} - {0, 1})  # of pass@k; not 1: that is avg@k
     rows, intervals, notes = [], [], []
     for suite in tqdm(suites, "suites", disable=None):
@@ -263,12 +259,11 @@ def score(args):
         if cut:
             notes.append(f"{name}: {cut} prompts are longer than the {room - new} tokens that the model has positions for; "
                          "only their ends were read")  # fmt: skip
-        batch, texts = samples_of(cfg, model, heads, problems, args, new)
-        right = batch["reward"].bool().tolist()
-        if importlib.util.find_spec("math_verify"):
-            for i, text in enumerate(texts):
-                gold = problems[i // args.k].answer
-                right[i] = right[i] or equal_by_algebra(gold, rl.extract_answer(text))
+        batch, texts = samples_of(cfg, model, heads, problems, args)
+        right = batch["reward"].tolist()
+        for i, text in enumerate(texts):
+            gold = problems[i // args.k].answer
+            right[i] = right[i] == 1 or equal_by_algebra(gold, rl.extract_answer(text))
         counts = [sum(right[i : i + args.k]) for i in range(0, len(right), args.k)]
         row = [interval([100 * c / args.k for c in counts])]
         row += [interval([100 * pass_at_k(args.k, c, k) for c in counts]) for k in ks]
@@ -276,30 +271,30 @@ def score(args):
         rows.append([name, len(problems), *map(cell, row)])
         if args.speculative:
             drafted = mtp.speculation_metrics(batch["mask"], batch["draft"], cfg.mtp_depth)
-            notes.append(", ".join([name, *(f"{key} {value:.2f}" for key, value in drafted.items())]))
+            notes.append(", ".join([name, *(f"{key} {x:.2f}" for key, x in drafted.items())]))
     overall = [cell(mean_of(column)) for column in zip(*intervals)]  # each suite counts alike
     rows.append(["all", sum(row[1] for row in rows), *overall])
     if any(rl.label(suite) in rl.COMPETITION for suite in suites):
-        notes.append("Competition problems are far beyond a small model: a score above zero may well be luck.")
-    return [*markdown(["suite", "problems", f"avg@{args.k}", *(f"pass@{k}" for k in ks)], rows), *notes]
+        notes.append("Competition problems are far beyond a small model: a score may well be luck.")
+    head = ["suite", "problems", f"avg@{args.k}", *(f"pass@{k}" for k in ks)]
+    return [*markdown(head, rows), *notes]
 
 
 def sample(args):
     """Completions to read: of a prompt, or of held-out problems with their reward."""
-    cfg, (model, heads, _) = load_run(args.run, find_device(args.device))
+    cfg, (model, heads, _) = load_run(args.run, args.device, with_heads=args.speculative)
     tok, suites = rl.get_tokenizer(cfg.tokenizer), rl.suites_of(cfg.task, cfg.data_dir)
-    problems = []
-    for suite in suites:
+    problems = [rl.Problem("", args.prompt, "")] if args.prompt else []
+    for suite in [] if args.prompt else suites:
         problems += rl.held_out_problems(suite, cfg.difficulty, args.problems or 2)
-    if args.prompt:
-        problems = [rl.Problem("", args.prompt, "")]
-    batch, texts = samples_of(cfg, model, heads, problems, args, cfg.max_new_tokens)
+    batch, texts = samples_of(cfg, model, heads, problems, args)
     lines = []
     if set(suites) & set(rl.SUITES):
-        lines.append("Numbers stand lowest digit first: 47+85= asks for 74 + 58, and ####231 is right.")
+        lines.append("Numbers stand lowest digit first: 47+85= asks for 74 + 58; ####231 is right.")
     if args.speculative:
         lines.append("[Brackets] are around drafts of the heads that the trunk accepted.")
-        texts = [marked(tok, *row) for row in zip(batch["tokens"][:, 1:], batch["mask"], batch["draft"])]
+        rows = zip(batch["tokens"][:, 1:], batch["mask"], batch["draft"])
+        texts = [marked(tok, *row) for row in rows]
     for i, text in enumerate(texts):
         reward = "" if args.prompt else f"reward {batch['reward'][i]:g}  "
         lines.append(f"{reward}{problems[i // args.k].prompt!r} -> {text!r}")
@@ -308,150 +303,139 @@ def sample(args):
 
 def marked(tok, tokens_T, mask_T, draft_T):
     """A completion with brackets around each run of accepted drafts."""
-    pieces = []
-    sampled = [(int(d) > 0, int(t)) for t, d in zip(tokens_T[mask_T], draft_T[mask_T]) if t != tok.eot_token]
-    for drafted, run in itertools.groupby(sampled, key=lambda pair: pair[0]):
-        text = tok.decode([token for _, token in run])
-        pieces.append(f"[{text}]" if drafted else text)
-    return "".join(pieces)
+    text = ""
+    sampled = zip(tokens_T[mask_T].tolist(), (draft_T[mask_T] > 0).tolist())
+    for drafted, run in itertools.groupby(sampled, key=lambda pair: pair[1]):
+        piece = tok.decode([token for token, _ in run if token != tok.eot_token])
+        text += f"[{piece}]" if drafted and piece else piece
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Curves
+# Curves: runs are {label: {seed: records}}, the lines of a panel {name: {seed: {step: number}}}
 
 
 class Panel(NamedTuple):
     title: str
     ylabel: str
-    value: str | Callable  # a key of a record, or a function of it
     scale: str = "linear"
-    limits: tuple = (None, None)  # of the axis
-    x: str = "step"
 
 
-def first_order(record):
-    """λ c, the first-order term of Δ_MTP in units of η (1 - Lη)."""
-    return record["occ/lam"] * record["occ/c"] if "occ/c" in record else None
-
-
-def second_order(record):
-    """λ² v²/2, the second-order term of Δ_MTP in units of L η²."""
-    return record["occ/lam"] ** 2 * record["occ/v2"] / 2 if "occ/c" in record else None
-
-
-FIRST_ORDER = Panel("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", first_order, "symlog")
-SECOND_ORDER = Panel("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", second_order, "symlog")
-CORRELATION = Panel("First-order correlation of a minibatch", "c_t = ⟨g_RL, g_MTP⟩", "occ/c", "symlog")
-PENALTY = Panel("Second-order penalty of a minibatch", "v_t² = ‖g_MTP‖²", "occ/v2", "log")
-SCORE = Panel("Held-out score", "avg@k, points of 100", "eval/score")
-PANELS = [
-    Panel("Reward in training", "mean reward", "reward/mean"),
-    SCORE,
-    Panel("Coefficient", "λ_t (last update of a step)", "occ/lam"),
-    CORRELATION,
-    PENALTY,
-    FIRST_ORDER,
-    SECOND_ORDER,
-    Panel("MTP head 1 as a drafter", "share of tokens accepted", "mtp/agreement_1"),
-]
+PANELS = {  # what is drawn of a run, by the key of its record
+    "reward/mean": Panel("Reward in training", "mean reward"),
+    "eval/score": Panel("Held-out score", "avg@k, points of 100"),
+    "occ/lam": Panel("Coefficient", "λ_t (last update of a step)"),
+    "occ/c": Panel("First-order correlation of a minibatch", "c_t = ⟨g_RL, g_MTP⟩", "symlog"),
+    "occ/v2": Panel("Second-order penalty of a minibatch", "v_t² = ‖g_MTP‖²", "log"),
+    "first_order": Panel("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", "symlog"),
+    "second_order": Panel("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", "symlog"),
+    "mtp/agreement_1": Panel("MTP head 1 as a drafter", "share of tokens accepted"),
+}
 NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep steps".split())
 
 
+def read_terms(folder):
+    """read_metrics, with the two terms of Δ_MTP in the records that have c and v²."""
+    header, records = read_metrics(folder)
+    for r in records:
+        if "occ/c" in r:
+            r["first_order"] = r["occ/lam"] * r["occ/c"]
+            r["second_order"] = r["occ/lam"] ** 2 * r["occ/v2"] / 2
+    return header, records
+
+
 def group_runs(folders):
-    """{label: [records of each seed]}: runs that differ only in seed and folder share a line, labelled by the rest."""
-    runs = [read_metrics(folder) for folder in folders]
+    """{label: {seed: records}}: runs that differ only in seed and folder share a line, labelled by the rest."""
+    runs = [read_terms(folder) for folder in folders]
+    configs = [header["config"] for header, _ in runs]
     differ = []
-    for name, value in runs[0][0]["config"].items():
-        same = all(header["config"].get(name) == value for header, _ in runs)
+    for name, value in configs[0].items():
+        same = all(config.get(name) == value for config in configs)
         if name != "regime" and name not in NOT_THE_EXPERIMENT and not same:
             differ.append(name)
-    groups, seen = {}, set()
-    for folder, (header, records) in zip(folders, runs):
-        cfg, seed = header["config"], header["seed"]
-        label = " ".join([cfg["regime"], *(f"{name}={cfg.get(name)}" for name in differ)])
+    groups = {}
+    for folder, config, (header, records) in zip(folders, configs, runs):
+        label = " ".join([config["regime"], *(f"{name}={config.get(name)}" for name in differ)])
+        seeds, seed = groups.setdefault(label, {}), header["seed"]
         if not records:
             raise ValueError(f"{folder}: nothing logged yet")
-        if (label, seed) in seen:
+        if seed in seeds:
             there = f"seed {seed} of '{label}' is there already"
             raise ValueError(f"{folder}: {there}; a band needs different seeds")
-        seen.add((label, seed))
-        groups.setdefault(label, []).append(records)
+        seeds[seed] = records
     return groups
 
 
-def series(runs, value, points):
-    """Steps that every run has, and the interval of a number over runs at each: [] and [] where there is none.
+def curves(seeds, key):
+    """{seed: {step: number}}: what was logged under a key, at the steps where it was."""
+    found = {}
+    for seed, records in seeds.items():
+        found[seed] = {r["step"]: r[key] for r in records if key in r}
+    return found
 
-    More than `points` steps are averaged in blocks, run by run, so that the interval is that of the block's mean.
+
+def logged(runs, key):
+    """The lines of PANELS[key], a label each, and the panel."""
+    return {label: curves(seeds, key) for label, seeds in runs.items()}, PANELS[key]
+
+
+def averaged(seeds, points):
+    """Of the steps that every seed has: steps, means and half-widths of the 95 % interval over seeds, (3, points).
+
+    More than `points` steps are averaged in blocks, seed by seed, so that the interval is that of the block's mean.
     """
-    tables = []
-    for records in runs:
-        values = {r["step"]: value(r) if callable(value) else r.get(value) for r in records}
-        tables.append({step: y for step, y in values.items() if y is not None})
-    steps = sorted(set.intersection(*map(set, tables))) if tables else []
-    if not steps:
-        return [], []
-    blocks = np.array_split(np.array(steps), min(points, len(steps)))
-    intervals = [interval([np.mean([table[s] for s in block]) for table in tables]) for block in blocks]
-    return [block.mean() for block in blocks], intervals
+    steps = sorted(set.intersection(*map(set, seeds.values()))) if seeds else []
+    rows = []
+    for block in np.array_split(steps, min(points, len(steps))) if steps else []:
+        means = [np.mean([curve[step] for step in block]) for curve in seeds.values()]
+        rows.append((block.mean(), *interval(means)))
+    return np.array(rows).reshape(-1, 3).T
 
 
-def draw_panel(axis, groups, panel, points):
-    """A line a group of runs, on a linear axis with the band of its 95 % interval."""
-    heights = []
-    for i, (name, runs) in enumerate(groups.items()):
-        steps, intervals = series(runs, panel.value, points)
-        mean, half = np.array(intervals).reshape(-1, 2).T
-        color = f"C{list(REPRODUCED).index(name) if name in REPRODUCED else i}"
-        axis.plot(steps, mean, color=color, label=f"{name} (n = {len(runs)})")
-        if panel.scale == "linear":
-            axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-        heights += [abs(y) for y in mean if y]
-    if heights and panel.scale == "symlog":
-        axis.set_yscale("symlog", linthresh=max(heights) / 30)
-    elif heights:
-        axis.set_yscale(panel.scale)
-    axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.ylabel)
-    axis.grid(alpha=0.3)
+def figure_of(rows, columns, size):
+    """A figure of that many panels and their axes, without a screen."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, columns).flat
 
 
-def pyplot():
-    """matplotlib without a screen, imported when something is drawn."""
-    import matplotlib
+def draw_panels(panels, rows=1, points=12):
+    """A figure of (lines, Panel) pairs. A line has the band of its 95 % interval where the axis is linear.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def draw_panels(path, panels, rows=1, points=12):
-    """A picture of (groups, panel) pairs. By default in 12 blocks of steps: probes are noisy."""
-    columns = len(panels) // rows
-    size = (4.5 * columns, 8) if rows > 1 else (15, 5)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained")
-    for i, (axis, (groups, panel)) in enumerate(zip(axes.flat, panels)):
-        draw_panel(axis, groups, panel, points)
-        axis.set_ylim(*panel.limits)
-        if panel.x != "step":  # sizes of a minibatch
-            axis.set_xscale("log", base=2)
-            for size in MARKED:
-                axis.axvline(size, color="gray", linestyle=":")
-        if groups and (i == 0 or list(groups) != list(panels[i - 1][0])):  # other lines than the panel before
+    By default the steps are in 12 blocks: probes are noisy.
+    """
+    figure, axes = figure_of(rows, len(panels) // rows, (18, 8) if rows > 1 else (15, 5))
+    names = []  # of the panel before
+    for axis, (lines, panel) in zip(axes, panels):
+        heights = []
+        for i, (name, seeds) in enumerate(lines.items()):
+            steps, mean, half = averaged(seeds, points)
+            color = f"C{list(REPRODUCED).index(name) if name in REPRODUCED else i}"
+            axis.plot(steps, mean, color=color, label=f"{name} (n = {len(seeds)})")
+            if panel.scale == "linear":
+                axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+            heights += [abs(y) for y in mean if y]
+        if heights:
+            symlog = {"linthresh": max(heights) / 30} if panel.scale == "symlog" else {}
+            axis.set_yscale(panel.scale, **symlog)
+        axis.set(title=panel.title, xlabel="step", ylabel=panel.ylabel)
+        axis.grid(alpha=0.3)
+        if list(lines) != names:
             axis.legend(fontsize="small")
-    save(figure, path)
+        names = list(lines)
+    return figure
 
 
 def save(figure, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
-    pyplot().close(figure)
 
 
 def plot(folders, path):
     """Curves of one or more runs, as a picture: reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP."""
-    groups = group_runs(folders)
-    draw_panels(path, [(groups, panel) for panel in PANELS], rows=2, points=60)
+    runs = group_runs(folders)
+    save(draw_panels([logged(runs, key) for key in PANELS], rows=2, points=60), path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,8 +461,8 @@ def all_updates_but_the_last(cfg, model, heads, optimizer, seed):
         loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, mb["adv"], algo)
         optimizer.zero_grad()
         (rl.trunk_policy_loss(logp, mb, algo) + loss_heads).backward()
-        torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
-        torch.nn.utils.clip_grad_norm_(list(heads.parameters()), 1.0)
+        for part in (model, heads):
+            torch.nn.utils.clip_grad_norm_(list(part.parameters()), 1.0)
         optimizer.step()
     return (minibatches[-1], heads_at_rollout) if len(minibatches) > 1 else None
 
@@ -496,7 +480,7 @@ def explain(args):
 
     The picture has δ_RL·δ_MTP and δ_MTP² as colours under the text of a few responses.
     """
-    cfg, state = load_run(args.run, find_device(args.device), with_heads=True)
+    cfg, state = load_run(args.run, args.device, with_heads=True)
     if cfg.updates_per_rollout == 1:
         raise ValueError(f"{args.run}: with one update a rollout every δ is 0, and so is lambda")
     last = all_updates_but_the_last(cfg, *state, 10**9 + args.seed)
@@ -513,49 +497,49 @@ def explain(args):
     c, v2, cos = terms["occ/c"], terms["occ/v2"], terms["occ/cos"]
     largest = product.flatten().abs().topk(min(10, product.numel())).indices
     share = 100 * product.flatten()[largest].sum().item() / c_hat if c_hat else 0.0
-    path = Path(args.out or Path(args.run) / "explain.png")
-    draw_tokens(path, rl.get_tokenizer(cfg.tokenizer), mb, product, square)
+    path = args.out or str(Path(args.run) / "explain.png")
+    save(draw_tokens(rl.get_tokenizer(cfg.tokenizer), mb, product, square), path)
     return [
         f"The last update of one rollout: {int(mb['mask_mtp'].any(1).sum())} tokens.",
         f"ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}",
         f"λ, ratio of sums (paper):               {c_hat / (v2_hat + 1e-8):8.4f}",
         f"λ, mean of ratios × 0.1 / mtp_depth:    {released:8.4f}   (released code)",
-        f"λ, exact gradients, c/v²:               {c / max(v2, 1e-30):8.4f}   c = {c:.4g}, v² = {v2:.4g}, cosine {cos:.3f}",
+        f"λ, exact gradients, c/v²:               {c / max(v2, 1e-30):8.4f}   "
+        f"c = {c:.4g}, v² = {v2:.4g}, cosine {cos:.3f}",
         f"The ten most influential tokens make {share:.0f} % of ĉ.",
-        str(path),
+        path,
     ]
 
 
-def draw_tokens(path, tok, mb, product, square, responses=8):
+def draw_tokens(tok, mb, product, square, responses=8):
     """Colours under the text of a few different responses: those with the largest |δ_RL·δ_MTP|."""
-    rows, seen = [], set()
+    row_of_text = {}
     for row in product.abs().sum(1).argsort(descending=True).tolist():
-        text = tuple(mb["tokens"][row].tolist())
-        if text not in seen and len(rows) < responses:
-            rows.append(row)
-        seen.add(text)
-    width, labels = int(mb["mask"].sum(1).max()), []
+        row_of_text.setdefault(tuple(mb["tokens"][row].tolist()), row)
+    rows = list(row_of_text.values())[:responses]
+    prompts, texts = [], []
     for row in rows:
-        prompt = mb["tokens"][row, : 1 + int(mb["mask"][row].int().argmax())].tolist()
-        labels.append(tok.decode(prompt).strip()[-24:].replace("$", r"\$"))
-    size = (1.2 * width + 4, 0.45 * len(rows) + 1.5)
-    figure, axes = pyplot().subplots(1, 2, figsize=size, layout="constrained")
-    panels = ((axes[0], product, "δ_RL · δ_MTP", "RdBu"), (axes[1], square, "δ_MTP²", "Greens"))
-    for axis, values, title, colors in panels:
+        tokens, mask = mb["tokens"][row], mb["mask"][row]
+        prompt = tok.decode(tokens[: 1 + int(mask.int().argmax())].tolist())
+        prompts.append(prompt.strip()[-24:].replace("$", r"\$"))
+        pieces = [tok.decode([token]) for token in tokens[1:][mask].tolist()]
+        texts.append(["END" if piece == rl.EOS else repr(piece)[1:-1] for piece in pieces])
+    width = int(mb["mask"].sum(1).max())
+    figure, axes = figure_of(1, 2, (1.2 * width + 4, 0.45 * len(rows) + 1.5))
+    panels = ((product, "δ_RL · δ_MTP", "RdBu"), (square, "δ_MTP²", "Greens"))
+    for axis, (values, title, colors) in zip(axes, panels):
         grid = torch.full((len(rows), width), math.nan)
         for i, row in enumerate(rows):
-            mask, tokens = mb["mask"][row], mb["tokens"][row, 1:]
-            grid[i, : int(mask.sum())] = values[row][mask].cpu()
-            for j, token in enumerate(tokens[mask].tolist()):
-                text = "END" if token == tok.eot_token else repr(tok.decode([token]))[1:-1]
+            grid[i, : len(texts[i])] = values[row][mb["mask"][row]].cpu()
+            for j, text in enumerate(texts[i]):
                 axis.text(j, i, text.replace("$", r"\$"), ha="center", va="center", fontsize=9)
         top = float(grid.nan_to_num(0).abs().max()) or 1.0
         bottom = -top if values is product else 0
         image = axis.imshow(grid.numpy(), colors, vmin=bottom, vmax=top, aspect="auto", alpha=0.7)
-        axis.set_yticks(range(len(rows)), labels)
+        axis.set_yticks(range(len(rows)), prompts)
         axis.set(title=title, xlabel="token of the response")
         figure.colorbar(image, ax=axis)
-    save(figure, path)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -585,61 +569,66 @@ def onestep(args):
     training, after one real update of its rollout; E[g] E[u] is from products of different ones. The answer is yes if
     the 95 % interval of the gain is above 0, and no if it is below 1 %.
     """
-    found = measure_step(args.run, args.checkpoint, args.rollouts, find_device(args.device))
+    found = measure_step(args)
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
-    of = f"{found['minibatches']} minibatches of {found['responses']} responses"
-    lines = [f"{args.run}, {args.checkpoint}, {of}. Gain of one step over that with λ = 0, in %; ± 95 % (jackknife):", ""]
-    rows = []
+    by_lam, by_size = [], []
     for lam in LAMS:
-        rows.append([lam, cell(found[f"policy/gain_{lam:g}"]), cell(found[f"ce/gain_{lam:g}"])])
-    lines += [*markdown(["λ", "m of policy", "m of ce"], rows), ""]
-
-    rows = []
+        gains = [found[f"{kind}/gain_{lam:g}"] for kind in ("policy", "ce")]
+        by_lam.append([lam, *map(cell, gains)])
     for size in SIZES:
         row = [size]
         for kind in ("policy", "ce"):
             gain = found.get(f"{kind}/gain_at_{size}", (math.nan, math.nan))
             row += [found.get(f"{kind}/lam_at_{size}", "–"), cell(gain)]
-        rows.append(row)
-    lines.append("By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it gains "
-                 "in the other (means of the two):")  # fmt: skip
-    lines += [*markdown(["responses", "λ, policy", "gain", "λ, ce", "gain"], rows), ""]
-
+        by_size.append(row)
+    lines = [
+        f"{args.run}, {args.checkpoint}, {found['minibatches']} minibatches of {found['responses']} responses. "
+        "Gain of one step over that with λ = 0, in %; ± 95 % (jackknife):",
+        "",
+        *markdown(["λ", "m of policy", "m of ce"], by_lam),
+        "",
+        "By responses a minibatch, without the clip: the best λ by each half of the minibatches, and what it gains in "
+        "the other (means of the two):",
+        *markdown(["responses", "λ, policy", "gain", "λ, ce", "gain"], by_size),
+        "",
+        f"Lη of Adam's steps on fresh samples {cell(found['L_eta'], 3)} (of the clipped surrogate)",
+    ]
     for kind in ("policy", "ce"):
         cos, noise_g, noise_m = (found[f"{kind}/{key}"] for key in ("cos", "noise_g", "noise_m"))
-        lines.append(f"m of {kind}: cosine of E g and E m {cos:.2f}; of a minibatch's ‖g‖² {noise_g:.0f} % and ‖m‖² "
-                     f"{noise_m:.0f} % is noise")  # fmt: skip
-    lines.append(f"Lη of Adam's steps on fresh samples {cell(found['L_eta'], 3)} (of the clipped surrogate)")
-    for kind in ("policy", "ce"):
         lam, (mean, half) = found[f"{kind}/best/lam"], found[f"{kind}/best/gain"]
         answer = "yes" if mean > half else "no" if mean + half < 1 else "cannot be told"
-        lines.append(f"Would MTP help this run, through m of {kind}? {answer}: at the λ that one half of the minibatches "
-                     f"chooses (mean of both halves {lam:g}) a step gains {cell((mean, half))} % in the other.")  # fmt: skip
+        lines += [
+            f"m of {kind}: cosine of E g and E m {cos:.2f}; of a minibatch's ‖g‖² {noise_g:.0f} % and ‖m‖² "
+            f"{noise_m:.0f} % is noise",
+            f"Would MTP help this run, through m of {kind}? {answer}: at the λ that one half of the minibatches chooses "
+            f"(mean of both halves {lam:g}) a step gains {cell((mean, half))} % in the other.",
+        ]
     return lines
 
 
-def measure_step(folder, name, rollouts, device):
+def measure_step(args):
     """What `onestep` says of a checkpoint, as a flat dict of numbers and of (mean, half-width)."""
-    cfg, state = load_run(folder, device, f"{name}.pt", with_heads=True)
+    name = args.checkpoint
+    cfg, state = load_run(args.run, args.device, f"{name}.pt", with_heads=True)
     # Two minibatches a rollout: the first updates the weights, the second is measured.
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
     cfg.updates_per_rollout = 2
     gradients, numbers = [], []
-    for i in tqdm(range(rollouts), f"{folder} {name}", disable=None):
+    for i in tqdm(range(args.rollouts), f"{args.run} {name}", disable=None):
         # Loading the checkpoint again would not do: Adam's moments share its memory.
         moved = copy.deepcopy(state)
         last = all_updates_but_the_last(cfg, *moved, 10**9 + i)
         if last is not None:  # else too few prompts had both right and wrong samples
-            of_minibatch = measure_minibatch(cfg, state[0], moved, *last)
-            gradients.append(of_minibatch[0])
-            numbers.append(of_minibatch[1])
+            g_and_m, measured = measure_minibatch(cfg, state[0], moved, *last)
+            gradients.append(g_and_m)
+            numbers.append(measured)
     if len(numbers) < 8:
         few = f"{len(numbers)} minibatches have a gradient, which are too few"
-        raise ValueError(f"{folder}: {few}; more --rollouts?")
+        raise ValueError(f"{args.run}: {few}; more --rollouts?")
     g, m_policy, m_ce = torch.stack(gradients, 1)
     responses = cfg.prompts_per_step * cfg.num_generations // 2
-    found = {"rollouts": rollouts, "minibatches": len(g), "responses": responses}
+    found = {"rollouts": args.rollouts, "minibatches": len(g), "responses": responses}
     found["L_eta"] = interval([each["L_eta"] for each in numbers])
     for kind, m in (("policy", m_policy), ("ce", m_ce)):
         for key, value in gains_of_steps(g, m, responses).items():
@@ -657,9 +646,9 @@ def measure_minibatch(cfg, before, moved, mb, heads_at_rollout):
     before: the trunk at the rollout. moved: trunk, heads and optimizer after an update in which mb had no part.
     """
     model, heads, _ = moved
-    algo, trunk = rl.ALGOS[cfg.algo], list(model.parameters())
+    algo, regime, trunk = rl.ALGOS[cfg.algo], occ.REGIMES["occ"], list(model.parameters())
     deltas, released = deltas_of(model, heads, mb, cfg)
-    numbers, g, m = rl.probe(model, heads, mb, deltas, occ.REGIMES["occ"], algo, cfg, heads_at_rollout)
+    numbers, g, m = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
     numbers["occ/lam_released"] = released
     _, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     m_ce = occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk)
@@ -702,7 +691,8 @@ def step_gains(g_NP, u_NP, sizes=(1.0,)):
     for left_out in (slice(0), *(slice(part, None, parts) for part in range(parts))):
         n = len(g_NP) - len(g_NP[left_out])
         g, u, gu, uu = [total - x[left_out].sum(0) for total, x in zip(whole, terms)]
-        product = (g * u - gu) / (n * (n - 1))  # E[g_j] E[u_j], from products of different minibatches
+        # E[g_j] E[u_j], from products of different minibatches
+        product = (g * u - gu) / (n * (n - 1))
         variance = (uu - u.square() / n) / (n - 1)
         square_SP = (u / n).square() + variance * (1 / size_S1 - 1 / n)
         gains.append((product / (square_SP.clamp(min=0).sqrt() + ADAM_EPS)).sum(1))
@@ -758,17 +748,19 @@ def gains_of_steps(g, m, responses):
     gains = gains_by_lam(g, m)[:, 0]
     for lam, gain in zip(LAMS, gains):
         found[f"gain_{lam:g}"] = relative_gain(gain, gains[ZERO])
-    halves = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
-    found["best/lam"], found["best/gain"] = chosen_on_one_half(*halves)
+    even, odd = [gains_by_lam(g[rows], m[rows])[:, 0] for rows in HALVES]
+    found["best/lam"], found["best/gain"] = chosen_on_one_half(even, odd)
     half = len(g) // 2
     fewest = half - math.ceil(half / PARTS)  # minibatches in a half, without a part
     sizes = [size for size in SIZES if size < fewest * responses]
     in_minibatches = [size / responses for size in sizes]
     even, odd = [gains_by_lam(g[rows], m[rows], in_minibatches, clip=False) for rows in HALVES]
     for i, size in enumerate(sizes):
-        found[f"lam_at_{size}"], found[f"gain_at_{size}"] = chosen_on_one_half(even[:, i], odd[:, i])
+        lam, gain = chosen_on_one_half(even[:, i], odd[:, i])
+        found |= {f"lam_at_{size}": lam, f"gain_at_{size}": gain}
     g2, c, v2 = across(g, g), across(g, m), across(m, m)
-    found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan  # noise can make a square negative
+    # Noise can make a square negative.
+    found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
     found["noise_g"] = 100 - 100 * g2 / g.square().sum(1).mean().item()
     found["noise_m"] = 100 - 100 * v2 / m.square().sum(1).mean().item()
     return found
@@ -777,7 +769,8 @@ def gains_of_steps(g, m, responses):
 # ----------------------------------------------------------------------------------------------------------------------
 # The reproduction: train every regime on several seeds, measure one step, then draw figures and write tables
 
-SETTING = dict(eval_k=32, probe_every=5, save_every=25, keep="0,25,60,120")  # all else as in train.py
+# All else is as in train.py. Where checkpoints of detach and occ are kept, one step is measured.
+SETTING = dict(eval_k=32, probe_every=5, save_every=25, keep="0,25,60,120")
 FAST = dict(task="add,sub", difficulty=1, n_layer=2, pretrain_steps=100, pretrain_batch=64, prompts_per_step=8,
             probe_every=2, eval_every=2, eval_problems=4, eval_k=4, device="cpu")  # fmt: skip
 REPRODUCED = {  # the first is what the others are compared with
@@ -793,7 +786,6 @@ REPRODUCED = {  # the first is what the others are compared with
 DEFAULTS = "detach,ce,policy,occ,exact,policy-0.1"
 SWEEP = [label for label in REPRODUCED if label.startswith("policy")]
 JUDGED = PROXIES | {"policy/best": "best constant"}
-STATES = "ckpt-0 ckpt-25 ckpt-60 ckpt-120 ckpt".split()  # of detach and of occ, where one step is measured
 
 
 def reproduce(args):
@@ -802,32 +794,32 @@ def reproduce(args):
     All regimes of a seed start from the same pretrained weights. Finished runs are not repeated, unfinished ones go on;
     one that breaks down is named, and the others are drawn without it.
     """
-    out, start = Path(args.out or "out/reproduce"), time.perf_counter()
+    out, began = Path(args.out or "out/reproduce"), time.perf_counter()
     steps, rollouts = args.steps or (10 if args.fast else 250), 16 if args.fast else 48
     seeds = range(args.first_seed, args.first_seed + (args.seeds or (2 if args.fast else 5)))
     common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
-    plan = []
+    plan, checkpoints = [], []
     for label in args.regimes.split(","):
         for seed in seeds:
             plan.append(common | REPRODUCED[label] | dict(seed=seed, out=f"{out}/{label}-s{seed}"))
-    threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    train = functools.partial(train_one, threads=threads)
-    measure = functools.partial(measure_one, rollouts=rollouts, threads=threads)
-    folders = [out / f"{label}-s{seed}" for label in ("detach", "occ") for seed in seeds]
-    states = list(itertools.product(folders, STATES))
+    threads = itertools.repeat(max((os.cpu_count() or 1) // args.jobs, 1))
     errors = []  # "" of what went well
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         # The first run of a seed pretrains for the others.
         for wave in (plan[: len(seeds)], plan[len(seeds) :]):
-            errors += tqdm(pool.map(train, wave), "runs", len(wave), disable=None)
+            errors += tqdm(pool.map(train_one, wave, threads), "runs", len(wave), disable=None)
         finished = errors.count("")
-        errors += tqdm(pool.map(measure, states), "one step", len(states), disable=None)
+        for label in ("detach", "occ"):
+            for seed in seeds:
+                checkpoints += sorted((out / f"{label}-s{seed}").glob("ckpt*.pt"))
+        measuring = pool.map(measure_one, checkpoints, itertools.repeat(rollouts), threads)
+        errors += tqdm(measuring, "one step", len(checkpoints), disable=None)
     draw(out, steps)
     failed = [line for line in errors if line]
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
-    minutes = (time.perf_counter() - start) / 60
-    print(f"{finished} of {len(plan)} runs in {minutes:.1f} minutes; figures and tables are in {out}")
+    count, minutes = f"{finished} of {len(plan)}", (time.perf_counter() - began) / 60
+    print(f"{count} runs in {minutes:.1f} minutes; figures and tables are in {out}")
     return 1 if failed else 0
 
 
@@ -850,16 +842,13 @@ def train_one(flags, threads):
     return run_script(folder, ["train.py", *arguments], threads)
 
 
-def measure_one(state, rollouts, threads):
-    """`onestep` at a checkpoint, in a process of its own, unless that is done or not to be had. Returns as train_one."""
-    folder, name = state
-    path = folder / f"onestep-{name}.json"
-    if not (folder / f"{name}.pt").exists():
+def measure_one(checkpoint, rollouts, threads):
+    """`onestep` at a checkpoint, in a process of its own, unless that is done. Returns as train_one."""
+    folder, name = str(checkpoint.parent), checkpoint.stem
+    if measured_at(folder, name).get("rollouts") == rollouts:
         return ""
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["rollouts"] == rollouts:
-        return ""
-    arguments = ["eval.py", "onestep", str(folder), f"--checkpoint={name}", f"--rollouts={rollouts}"]
-    return run_script(folder, arguments, threads)
+    flags = [f"--checkpoint={name}", f"--rollouts={rollouts}"]
+    return run_script(folder, ["eval.py", "onestep", folder, *flags], threads)
 
 
 def run_script(folder, arguments, threads):
@@ -867,7 +856,14 @@ def run_script(folder, arguments, threads):
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(script), *arguments[1:]]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env)
-    return f"{folder}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}" if done.returncode else ""
+    last_line = (done.stderr.strip().splitlines() or ["killed"])[-1]
+    return f"{folder}: {last_line}" if done.returncode else ""
+
+
+def measured_at(folder, name):
+    """What `onestep` found at a checkpoint of a run; {} where it was not measured."""
+    path = Path(folder) / f"onestep-{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def finished_runs(out, steps):
@@ -878,17 +874,16 @@ def finished_runs(out, steps):
     runs = {}
     for label in REPRODUCED:
         for path in sorted(out.glob(f"{label}-s*/metrics.jsonl")):
-            folder, seed = path.parent, int(path.parent.name.rpartition("-s")[2])
-            _, records = read_metrics(folder)
+            folder = path.parent
+            _, records = read_terms(folder)
             if not records or records[-1]["step"] != steps:
                 print(f"left out: {folder}: not at step {steps}", file=sys.stderr)
                 continue
             for record in records:
                 name = "ckpt" if record["step"] == steps else f"ckpt-{record['step']}"
-                path = folder / f"onestep-{name}.json"
-                found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-                for key, value in found.items():
+                for key, value in measured_at(folder, name).items():
                     record[f"onestep/{key}"] = value[0] if isinstance(value, list) else value
+            seed = int(folder.name.rpartition("-s")[2])
             runs.setdefault(label, {})[seed] = records
     if not runs:
         raise ValueError(f"{out}: no finished run to draw")
@@ -901,7 +896,18 @@ def finished_runs(out, steps):
 
 def final(records, key="eval/score"):
     """Mean of an evaluation over the last fifth of training."""
-    return statistics.fmean(r[key] for r in records if key in r and r["step"] >= 0.8 * records[-1]["step"])
+    start = 0.8 * records[-1]["step"]
+    return statistics.fmean(r[key] for r in records if key in r and r["step"] >= start)
+
+
+def finals(seeds, key="eval/score"):
+    return {seed: final(records, key) for seed, records in seeds.items()}
+
+
+def differences(runs, label, other, key="eval/score"):
+    """{seed: last fifth of a regime's run less that of another's} of the seeds that both have."""
+    ours, theirs = finals(runs.get(label, {}), key), finals(runs.get(other, {}), key)
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))}
 
 
 def statistic(records, name, key):
@@ -910,30 +916,30 @@ def statistic(records, name, key):
     for r in records:
         if key in r and r["step"] > 0 and not math.isnan(r[key]):
             thirds[min(3 * (r["step"] - 1) // steps, 2)].append(r[key])
-    early, middle, late = [statistics.fmean(third) if third else math.nan for third in thirds]
+    early, middle, late = [interval(third)[0] for third in thirds]
     if name == "mean":
-        return interval(sum(thirds, []))[0]
+        return interval(itertools.chain(*thirds))[0]
     if name == "log2 of late over early":
         return math.log2(max(late, 1e-30) / max(early, 1e-30))
-    if name == "middle - start":
-        return middle - records[0][key]
-    return {"early": early, "late": late, "early - late": early - late, "middle - late": middle - late}[name]
+    means = {"start": records[0].get(key), "early": early, "middle": middle, "late": late, "0": 0.0}
+    first, _, second = name.partition(" - ")
+    return means[first] - means[second or "0"]
 
 
 ANY = math.inf
 # H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.
-CLAIMS = [  # claim, quantity, regime, statistic of a run, key, compared with, claimed to lie above, below
-    ("H1", "cosine of g and m of ce, without noise", "detach", "mean", "onestep/ce/cos", None, -0.1, 0.1),
-    ("H1", "ce: log2 of v², last third over first", "ce", "log2 of late over early", "occ/v2", None, -1, ANY),
-    ("H1", "ce − detach, points", "ce", "final", "eval/score", "detach", -ANY, 0),
-    ("H2", "cosine of g and m of policy, without noise", "occ", "mean", "onestep/policy/cos", None, 0, ANY),
-    ("H2", "the same, early − late", "occ", "early - late", "onestep/policy/cos", None, 0, ANY),
-    ("H2", "policy: log2 of v², last third over first", "policy", "log2 of late over early", "occ/v2", None, -1, ANY),
-    ("H2", "policy: score, middle third − start", "policy", "middle - start", "eval/score", None, 0, ANY),
-    ("H2", "policy: score, middle third − last", "policy", "middle - late", "eval/score", None, 0, ANY),
-    ("H3", "occ: λ_t, first third − last", "occ", "early - late", "occ/lam", None, 0, ANY),
-    ("H4", "occ − detach, points", "occ", "final", "eval/score", "detach", 0, ANY),
-    *[("H6", f"occ − {label}, points", "occ", "final", "eval/score", label, 0, ANY) for label in SWEEP],
+CLAIMS = [  # claim, quantity, regime, statistic of a run or the regime to compare with, key, claimed to lie above, below
+    ("H1", "cosine of g and m of ce, without noise", "detach", "mean", "onestep/ce/cos", -0.1, 0.1),
+    ("H1", "ce: log2 of v², last third over first", "ce", "log2 of late over early", "occ/v2", -1, ANY),
+    ("H1", "ce − detach, points", "ce", "detach", "eval/score", -ANY, 0),
+    ("H2", "cosine of g and m of policy, without noise", "occ", "mean", "onestep/policy/cos", 0, ANY),
+    ("H2", "the same, early − late", "occ", "early - late", "onestep/policy/cos", 0, ANY),
+    ("H2", "policy: log2 of v², last third over first", "policy", "log2 of late over early", "occ/v2", -1, ANY),
+    ("H2", "policy: score, middle third − start", "policy", "middle - start", "eval/score", 0, ANY),
+    ("H2", "policy: score, middle third − last", "policy", "middle - late", "eval/score", 0, ANY),
+    ("H3", "occ: λ_t, first third − last", "occ", "early - late", "occ/lam", 0, ANY),
+    ("H4", "occ − detach, points", "occ", "detach", "eval/score", 0, ANY),
+    *[("H6", f"occ − {label}, points", "occ", label, "eval/score", 0, ANY) for label in SWEEP],
 ]  # fmt: skip
 
 
@@ -946,27 +952,21 @@ def verdict(mean, half, above, below):
     return "not" if mean + half <= above or mean - half >= below else "undecided"
 
 
-def differences(runs, label, other, key="eval/score"):
-    """[last fifth of a regime's run less that of another's] of the seeds that both have."""
-    ours, theirs = runs.get(label, {}), runs.get(other, {})
-    return [final(ours[s], key) - final(theirs[s], key) for s in sorted(set(ours) & set(theirs))]
-
-
 def judged_claims(runs):
     """A row of CLAIMS each: claim, quantity, interval over seeds, n, where it should lie, verdict."""
     rows = []
-    for claim, quantity, label, name, key, other, above, below in CLAIMS:
-        if other:
-            values = differences(runs, label, other, key)
+    for claim, quantity, label, name, key, above, below in CLAIMS:
+        if name in REPRODUCED:
+            values = list(differences(runs, label, name, key).values())
         else:
             values = [statistic(records, name, key) for records in runs.get(label, {}).values()]
-        mean, half = interval(values)
-        if below == ANY:
-            claimed = f"above {above:g}"
-        else:
-            claimed = f"below {below:g}" if above == -ANY else f"{above:g} to {below:g}"
         n = sum(not math.isnan(value) for value in values)
-        rows.append([claim, quantity, cell((mean, half), 3), n, claimed, verdict(mean, half, above, below)])
+        mean, half = interval(values)
+        claimed = f"{above:g} to {below:g}"
+        if ANY in (-above, below):
+            claimed = f"above {above:g}" if below == ANY else f"below {below:g}"
+        judgement = verdict(mean, half, above, below)
+        rows.append([claim, quantity, cell((mean, half), 3), n, claimed, judgement])
     return rows
 
 
@@ -998,15 +998,14 @@ def predictions(runs, steps):
         if label == "occ":  # its own λ_t, which is 0 in the first of four updates
             key, share = "onestep/lam_logprob/gain", 0.75
         predicted = {}
-        for seed, records in runs.get(states, {}).items():
-            gains = {r["step"]: share * r[key] for r in records if key in r}
+        for seed, gains in curves(runs.get(states, {}), key).items():
+            gains = {step: share * gain for step, gain in gains.items()}
             if gains:
                 predicted[seed] = predicted_difference(gains, steps)
         measured = differences(runs, label, "detach")
-        seeds = sorted(set(runs.get(label, {})) & set(runs["detach"]))
-        gaps = [gap - predicted[seed] for seed, gap in zip(seeds, measured) if seed in predicted]
-        intervals = [interval(x) for x in (predicted.values(), measured, gaps)]
-        rows.append([label, len(measured), *map(cell, intervals)])
+        gaps = [gap - predicted[seed] for seed, gap in measured.items() if seed in predicted]
+        columns = (predicted.values(), measured.values(), gaps)
+        rows.append([label, len(measured), *(cell(interval(column)) for column in columns)])
     return rows
 
 
@@ -1021,7 +1020,7 @@ def judged_proxies(runs):
             states = [r for r in records if f"onestep/{name}/lam" in r]
             gaps = [r[f"onestep/{name}/lam"] - r["onestep/policy/best/lam"] for r in states]
             bias.append(interval(gaps)[0])
-            gain.append(interval([r[f"onestep/{name}/gain"] for r in states])[0])
+            gain.append(interval(r[f"onestep/{name}/gain"] for r in states)[0])
         rows.append([title, len(bias), cell(interval(bias), 2), cell(interval(gain))])
     return rows
 
@@ -1033,60 +1032,66 @@ def judged_proxies(runs):
 def draw(out, steps):
     """Every figure and every table, from the runs that lie in `out`."""
     runs = finished_runs(out, steps)
-    groups = {label: list(seeds.values()) for label, seeds in runs.items()}
-    with_mtp = {label: groups[label] for label in ("ce", "policy", "occ", "exact") if label in groups}
-    gap = Panel("Difference to detach, seed by seed", "points of 100", "y")
-    draw_panels(out / "1-scores.png", [(groups, SCORE), (gaps_to_detach(runs), gap)], points=60)
-    cos = Panel("Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)", "occ/cos")
-    draw_panels(out / "2-terms.png", [(with_mtp, CORRELATION), (with_mtp, PENALTY), (with_mtp, cos)])
-    draw_panels(out / "3-decomposition.png", [(with_mtp, FIRST_ORDER), (with_mtp, SECOND_ORDER)])
+    gaps = gaps_to_detach(runs), Panel("Difference to detach, seed by seed", "points of 100")
+    save(draw_panels([logged(runs, "eval/score"), gaps], points=60), out / "1-scores.png")
 
-    occ_runs, lam, gain = groups.get("occ", []), {}, {}
+    with_mtp = {label: runs[label] for label in ("ce", "policy", "occ", "exact") if label in runs}
+    cosines = {label: curves(seeds, "occ/cos") for label, seeds in with_mtp.items()}
+    cosine = cosines, Panel("Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)")
+    panels = [logged(with_mtp, "occ/c"), logged(with_mtp, "occ/v2"), cosine]
+    save(draw_panels(panels), out / "2-terms.png")
+    panels = [logged(with_mtp, "first_order"), logged(with_mtp, "second_order")]
+    save(draw_panels(panels), out / "3-decomposition.png")
+
+    lams, gains = {}, {}
     for name, title in JUDGED.items():
-        lam[title], gain[title] = one_line(occ_runs, f"{name}/lam"), one_line(occ_runs, f"{name}/gain")
-    # Where few minibatches say little, intervals go beyond the limits.
-    draw_panels(out / "4-proxies.png", [
-        (lam, Panel("occ: λ of each proxy", "mean over minibatches", "y", "symlog")),
-        (gain, Panel("occ: gain of a step of Adam over λ = 0", "%", "y", limits=(-25, 10))),
+        lams[title] = curves(runs.get("occ", {}), f"onestep/{name}/lam")
+        gains[title] = curves(runs.get("occ", {}), f"onestep/{name}/gain")
+    figure = draw_panels([
+        (lams, Panel("occ: λ of each proxy", "mean over minibatches", "symlog")),
+        (gains, Panel("occ: gain of a step of Adam over λ = 0", "%")),
     ])  # fmt: skip
+    figure.axes[1].set_ylim(-25, 10)  # where few minibatches say little, intervals go beyond
+    save(figure, out / "4-proxies.png")
 
     cosines, gains, by_size = {}, {}, {}
     for label in ("detach", "occ"):
         for kind in ("policy", "ce"):
-            line, records = f"{label}, m of {kind}", groups.get(label, [])
-            cosines[line] = one_line(records, f"{kind}/cos")
-            gains[line] = one_line(records, f"{kind}/gain_1")
-            by_size[line] = []
-            for run in records:
-                gain_at = {size: run[-1].get(f"onestep/{kind}/gain_at_{size}") for size in SIZES}
-                by_size[line].append([{"step": size, "y": gain} for size, gain in gain_at.items()])
-    sizes = f"responses a minibatch ({MARKED[0]} here, {MARKED[1]} in the paper)"
-    draw_panels(out / "5-noise.png", [
-        (cosines, Panel("Cosine of g and m without noise", "cosine", "y")),
-        (gains, Panel("Gain of a step of Adam at λ = 1, over λ = 0", "%", "y")),
-        (by_size, Panel("At the end: λ chosen on other samples", "%", "y", limits=(-40, 40), x=sizes)),
+            line, seeds = f"{label}, m of {kind}", runs.get(label, {})
+            cosines[line] = curves(seeds, f"onestep/{kind}/cos")
+            gains[line] = curves(seeds, f"onestep/{kind}/gain_1")
+            by_size[line] = {}
+            for seed, records in seeds.items():
+                found = {size: records[-1].get(f"onestep/{kind}/gain_at_{size}") for size in SIZES}
+                by_size[line][seed] = {
+                    size: gain for size, gain in found.items() if gain is not None
+                }
+    figure = draw_panels([
+        (cosines, Panel("Cosine of g and m without noise", "cosine")),
+        (gains, Panel("Gain of a step of Adam at λ = 1, over λ = 0", "%")),
+        (by_size, Panel("At the end: λ chosen on other samples", "%")),
     ])  # fmt: skip
+    sizes = f"responses a minibatch ({MARKED[0]} here, {MARKED[1]} in the paper)"
+    axis = figure.axes[2]
+    axis.set(xlabel=sizes, ylim=(-40, 40))
+    axis.set_xscale("log", base=2)
+    for size in MARKED:
+        axis.axvline(size, color="gray", linestyle=":")
+    save(figure, out / "5-noise.png")
     write_tables(out, runs, steps)
 
 
-def one_line(runs, key):
-    """Of each run what `onestep` found, as records with the one number y: lines of a panel may have different keys."""
-    key = f"onestep/{key}"
-    return [[{"step": r["step"], "y": r[key]} for r in records if key in r] for records in runs]
-
-
 def gaps_to_detach(runs):
-    """For each label the difference of its scores to detach's: [{"step", "y"} of each evaluation] of each seed."""
-    gaps, base = {}, runs.get("detach", {})
-    for label, seeds in runs.items():
-        for seed in [] if label == "detach" else sorted(set(seeds) & set(base)):
-            score = {r["step"]: r["eval/score"] for r in base[seed] if "eval/score" in r}
-            gap = []
-            for r in seeds[seed]:
-                if "eval/score" in r and r["step"] in score:
-                    gap.append({"step": r["step"], "y": r["eval/score"] - score[r["step"]]})
-            gaps.setdefault(label, []).append(gap)
-    return gaps
+    """Scores less those of detach, for each other label: lines of a panel."""
+    scores, _ = logged(runs, "eval/score")
+    base, lines = scores.pop("detach", {}), {}
+    for label, seeds in scores.items():
+        for seed in sorted(set(seeds) & set(base)):
+            gap = {
+                step: y - base[seed][step] for step, y in seeds[seed].items() if step in base[seed]
+            }
+            lines.setdefault(label, {})[seed] = gap
+    return lines
 
 
 def write_tables(out, runs, steps):
@@ -1096,19 +1101,21 @@ def write_tables(out, runs, steps):
     names = [name.removeprefix("eval/") for name in suites]
     scores, gaps = [], []
     for label, seeds in runs.items():
-        row = [cell(interval([final(records, suite) for records in seeds.values()])) for suite in suites]
-        row.append(cell(interval([records[0]["eval/score"] for records in seeds.values()])))
+        row = [cell(interval(finals(seeds, suite).values())) for suite in suites]
+        row.append(cell(interval(records[0]["eval/score"] for records in seeds.values())))
         for third in ("early", "late"):
             lams = [statistic(records, third, "occ/lam") for records in seeds.values()]
             row.append(cell(interval(lams), 3))
         scores.append([label, len(seeds), *row])
-        to_detach = [differences(runs, label, "detach", key=suite) for suite in suites]
+        to_detach = [differences(runs, label, "detach", suite).values() for suite in suites]
         if label != "detach" and to_detach[0]:
-            gaps.append([label, len(to_detach[0]), *(cell(interval(values)) for values in to_detach)])
-    write_table(out / "scores", ["regime", "n", *names, "before RL", "λ, first third", "last third"], scores)
+            gaps.append([label, len(to_detach[0]), *(cell(interval(x)) for x in to_detach)])
+    head = ["regime", "n", *names, "before RL", "λ, first third", "last third"]
+    write_table(out / "scores", head, scores)
     write_table(out / "differences", ["regime − detach", "n", *names], gaps)
     if "detach" in runs:
-        head = ["regime − detach", "n", "predicted from one step", "measured", "measured − predicted"]
+        columns = ["predicted from one step", "measured", "measured − predicted"]
+        head = ["regime − detach", "n", *columns]
         write_table(out / "predictions", head, predictions(runs, steps))
     head = ["λ", "n", "bias", "gain of a step, %"]
     write_table(out / "proxies", head, judged_proxies(runs))
@@ -1149,16 +1156,17 @@ class Parser(argparse.ArgumentParser):
 def reporting(prog):
     """Errors as one line on stderr and an exit code: 2 the user's mistake, 1 a run that broke down, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what a terminal's encoding lacks
-    wrong_paths = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        stream.reconfigure(errors="replace")  # what a terminal's encoding lacks
+    wrong_paths = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    mistakes = (ValueError, PermissionError, *wrong_paths)
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, *wrong_paths)) else 1)
+        sys.exit(2 if isinstance(error, mistakes) else 1)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; a run goes on with: python train.py --resume RUN", file=sys.stderr)
+        how = "a run goes on with: python train.py --resume RUN"
+        print(f"{prog}: interrupted; {how}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -1169,9 +1177,11 @@ def parse(argv):
         text = inspect.getdoc(function)
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         if name != "reproduce":
-            command.add_argument("run", nargs="+" if name == "plot" else None, help="folder of a run")
+            count = "+" if name == "plot" else None
+            command.add_argument("run", nargs=count, help="folder of a run")
         if name == "sample":
-            command.add_argument("prompt", nargs="?", default="", help="what to complete [held-out problems]")
+            text = "what to complete [held-out problems]"
+            command.add_argument("prompt", nargs="?", default="", help=text)
         for flag, (default, text, users) in FLAGS.items():
             if name in users.split():
                 kind = {"action": "store_true"} if default is False else {"type": type(default)}
