@@ -7,12 +7,11 @@
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP
     python eval.py reproduce                                # regimes × seeds, five figures, tables, claims
 
-avg@k is the mean accuracy of k samples a problem, pass@k the chance that one of k samples is right. The model is rebuilt
-from the run's own config. Plots read metrics.jsonl and nothing else. Runs that differ only in the seed, and in what is no
-part of the experiment, are one line, with a 95 % band over seeds. All intervals are Student's t.
+avg@k is the mean accuracy of k samples a problem, pass@k the chance that one of k samples is right. The model is
+rebuilt from the run's own config. Plots read metrics.jsonl and nothing else. Runs that differ only in the seed, and in
+what is no part of the experiment, are one line, with a 95 % band over seeds. All intervals are Student's t.
 
-train.py needs some of this too: it reads runs, draws curves, and has the same command line, where a mistake is one line on
-stderr and exit code 2.
+train.py, too, reads runs, draws curves, and answers a mistake with one line on stderr and exit code 2, by what is here.
 
 Dimension key: P parameters · N minibatches · S sizes of a minibatch · B sequences · T positions
 """
@@ -42,6 +41,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import mtp
@@ -86,7 +86,7 @@ def read_metrics(folder):
     records = []
     for i, line in enumerate(lines, 1):
         record = rl.parse_json(line, f"{path}:{i}")
-        name, keys = ("header", ("config", "seed", "versions")) if i == 1 else ("step", ("step",))
+        name, keys = ("header", ("config", "versions")) if i == 1 else ("step", ("step",))
         if not isinstance(record, dict) or not all(key in record for key in keys):
             raise ValueError(f"{path}:{i}: not the {name} of a run: it lacks {' or '.join(keys)}")
         records.append(record)
@@ -247,7 +247,7 @@ def score(args):
     cfg.max_new_tokens = new = args.max_new_tokens or cfg.max_new_tokens
     if new >= room:
         raise ValueError(f"--max_new_tokens {new}: must be below {room}, the model's positions")
-    ks = sorted({args.k // 4, args.k} - {0, 1})  # of pass@k; not 1: that is avg@k
+    ks = sorted({1, args.k // 4, args.k} - {0})  # of pass@k; pass@1 is avg@k
     rows, intervals, notes = [], [], []
     for suite in tqdm(suites, "suites", disable=None):
         name = rl.label(suite)
@@ -260,13 +260,13 @@ def score(args):
             notes.append(f"{name}: {cut} prompts are longer than the {room - new} tokens that the model has positions for; "
                          "only their ends were read")  # fmt: skip
         batch, texts = samples_of(cfg, model, heads, problems, args)
-        right = batch["reward"].tolist()
+        reward_B = batch["reward"]
         for i, text in enumerate(texts):
-            gold = problems[i // args.k].answer
-            right[i] = right[i] == 1 or equal_by_algebra(gold, rl.extract_answer(text))
-        counts = [sum(right[i : i + args.k]) for i in range(0, len(right), args.k)]
-        row = [interval([100 * c / args.k for c in counts])]
-        row += [interval([100 * pass_at_k(args.k, c, k) for c in counts]) for k in ks]
+            gold, answer = problems[i // args.k].answer, rl.extract_answer(text)
+            if reward_B[i] == 0 and equal_by_algebra(gold, answer):
+                reward_B[i] = 1
+        counts = reward_B.view(-1, args.k).sum(1).int().tolist()
+        row = [interval([100 * pass_at_k(args.k, c, k) for c in counts]) for k in ks]
         intervals.append(row)
         rows.append([name, len(problems), *map(cell, row)])
         if args.speculative:
@@ -276,7 +276,7 @@ def score(args):
     rows.append(["all", sum(row[1] for row in rows), *overall])
     if any(rl.label(suite) in rl.COMPETITION for suite in suites):
         notes.append("Competition problems are far beyond a small model: a score may well be luck.")
-    head = ["suite", "problems", f"avg@{args.k}", *(f"pass@{k}" for k in ks)]
+    head = ["suite", "problems", f"avg@{args.k}", *(f"pass@{k}" for k in ks[1:])]
     return [*markdown(head, rows), *notes]
 
 
@@ -327,6 +327,7 @@ PANELS = {  # what is drawn of a run, by the key of its record
     "occ/lam": Panel("Coefficient", "λ_t (last update of a step)"),
     "occ/c": Panel("First-order correlation of a minibatch", "c_t = ⟨g_RL, g_MTP⟩", "symlog"),
     "occ/v2": Panel("Second-order penalty of a minibatch", "v_t² = ‖g_MTP‖²", "log"),
+    "occ/cos": Panel("Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)"),
     "first_order": Panel("First-order term of Δ_MTP", "λ_t c_t, in units of η(1−Lη)", "symlog"),
     "second_order": Panel("Second-order term of Δ_MTP", "λ_t² v_t² / 2, in units of Lη²", "symlog"),
     "mtp/agreement_1": Panel("MTP head 1 as a drafter", "share of tokens accepted"),
@@ -349,14 +350,13 @@ def group_runs(folders):
     runs = [read_terms(folder) for folder in folders]
     configs = [header["config"] for header, _ in runs]
     differ = []
-    for name, value in configs[0].items():
-        same = all(config.get(name) == value for config in configs)
-        if name != "regime" and name not in NOT_THE_EXPERIMENT and not same:
+    for name in sorted(set(configs[0]) - NOT_THE_EXPERIMENT - {"regime"}):
+        if any(config.get(name) != configs[0][name] for config in configs):
             differ.append(name)
     groups = {}
-    for folder, config, (header, records) in zip(folders, configs, runs):
+    for folder, config, (_, records) in zip(folders, configs, runs):
         label = " ".join([config["regime"], *(f"{name}={config.get(name)}" for name in differ)])
-        seeds, seed = groups.setdefault(label, {}), header["seed"]
+        seeds, seed = groups.setdefault(label, {}), config["seed"]
         if not records:
             raise ValueError(f"{folder}: nothing logged yet")
         if seed in seeds:
@@ -392,22 +392,13 @@ def averaged(seeds, points):
     return np.array(rows).reshape(-1, 3).T
 
 
-def figure_of(rows, columns, size):
-    """A figure of that many panels and their axes, without a screen."""
-    from matplotlib.figure import Figure  # takes half a second
-
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(rows, columns).flat
-
-
-def draw_panels(panels, rows=1, points=12):
-    """A figure of (lines, Panel) pairs. A line has the band of its 95 % interval where the axis is linear.
-
-    By default the steps are in 12 blocks: probes are noisy.
-    """
-    figure, axes = figure_of(rows, len(panels) // rows, (18, 8) if rows > 1 else (15, 5))
+def draw_panels(panels, points=12):  # few points: probes are noisy
+    """A figure of (lines, Panel) pairs, three a row. On a linear axis a line has the band of its 95 % interval."""
+    columns = min(len(panels), 3)
+    rows = len(panels) // columns
+    figure = Figure((15, 5 * rows), layout="constrained")
     names = []  # of the panel before
-    for axis, (lines, panel) in zip(axes, panels):
+    for axis, (lines, panel) in zip(figure.subplots(rows, columns).flat, panels):
         heights = []
         for i, (name, seeds) in enumerate(lines.items()):
             steps, mean, half = averaged(seeds, points)
@@ -435,36 +426,43 @@ def save(figure, path):
 def plot(folders, path):
     """Curves of one or more runs, as a picture: reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP."""
     runs = group_runs(folders)
-    save(draw_panels([logged(runs, key) for key in PANELS], rows=2, points=60), path)
+    save(draw_panels([logged(runs, key) for key in PANELS], points=60), path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # After a few updates of one rollout: where λ_t comes from
 
 
-def all_updates_but_the_last(cfg, model, heads, optimizer, seed):
-    """A rollout from a run's state and its updates but the last.
+def last_update(cfg, model, heads, optimizer, seed):
+    """A rollout from a run's state and its updates but the last, whose minibatch is measured as by rl.probe.
 
-    They are those of train.step_of_rl with λ = 0, without the KL term and what is special to --released.
-    Returns (the last minibatch, the heads as at the rollout), or None if there was only one: then every δ is 0.
+    The updates are those of train.step_of_rl with λ = 0, without the KL term and what is special to --released.
+    Returns the minibatch mb, its deltas (δ_RL, δ_MTP), its numbers and its gradients g and m; None if there was only one
+    minibatch: then every δ is 0.
     """
-    regime, algo = occ.REGIMES[cfg.regime], rl.ALGOS[cfg.algo]
+    heads_loss, algo = occ.REGIMES[cfg.regime].heads_loss, rl.ALGOS[cfg.algo]
     problems, generator = rl.training_problems(cfg, seed), torch.Generator().manual_seed(seed)
     tok, heads_at_rollout = rl.get_tokenizer(cfg.tokenizer), copy.deepcopy(heads)
     batch, _, _ = rl.rollout(model, heads, tok, problems, algo, cfg, generator)
     adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
     minibatches = rl.minibatches(model, heads, batch, adv_B, algo, cfg)
+    if len(minibatches) < 2:
+        return None
     for mb in minibatches[:-1]:
         logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg, door=0.0)
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
-        loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, mb["adv"], algo)
+        loss_heads = rl.mtp_loss(heads_loss, logp_mtp, mb, mb["adv"], algo)
         optimizer.zero_grad()
         (rl.trunk_policy_loss(logp, mb, algo) + loss_heads).backward()
         for part in (model, heads):
             torch.nn.utils.clip_grad_norm_(list(part.parameters()), 1.0)
         optimizer.step()
-    return (minibatches[-1], heads_at_rollout) if len(minibatches) > 1 else None
+    mb, regime = minibatches[-1], occ.REGIMES["occ"]
+    deltas, released = deltas_of(model, heads, mb, cfg)
+    numbers, g, m = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
+    numbers["occ/lam_released"] = released
+    return SimpleNamespace(mb=mb, deltas=deltas, numbers=numbers, g=g, m=m)
 
 
 def deltas_of(model, heads, mb, cfg):
@@ -483,24 +481,22 @@ def explain(args):
     cfg, state = load_run(args.run, args.device, with_heads=True)
     if cfg.updates_per_rollout == 1:
         raise ValueError(f"{args.run}: with one update a rollout every δ is 0, and so is lambda")
-    last = all_updates_but_the_last(cfg, *state, 10**9 + args.seed)
+    last = last_update(cfg, *state, 10**9 + args.seed)
     if last is None:
         few = "too few prompts have both right and wrong samples here"
         raise ValueError(f"{args.run}: {few}; try another --seed")
-    mb, heads_at_rollout = last
-    model, heads, _ = state
-    deltas, released = deltas_of(model, heads, mb, cfg)
-    product, square = deltas[0] * deltas[1], deltas[1].square()
+    delta_rl, delta_mtp = last.deltas
+    product, square = delta_rl * delta_mtp, delta_mtp.square()
     c_hat, v2_hat = product.sum().item(), square.sum().item()
-    regime, algo = occ.REGIMES["occ"], rl.ALGOS[cfg.algo]
-    terms, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
-    c, v2, cos = terms["occ/c"], terms["occ/v2"], terms["occ/cos"]
-    largest = product.flatten().abs().topk(min(10, product.numel())).indices
-    share = 100 * product.flatten()[largest].sum().item() / c_hat if c_hat else 0.0
+    c, v2, cos = [last.numbers[f"occ/{key}"] for key in ("c", "v2", "cos")]
+    released = last.numbers["occ/lam_released"]
+    flat = product.flatten()
+    largest = flat[flat.abs().argsort(descending=True)[:10]]
+    share = 100 * largest.sum().item() / c_hat if c_hat else 0.0
     path = args.out or str(Path(args.run) / "explain.png")
-    save(draw_tokens(rl.get_tokenizer(cfg.tokenizer), mb, product, square), path)
+    save(draw_tokens(rl.get_tokenizer(cfg.tokenizer), last.mb, product, square), path)
     return [
-        f"The last update of one rollout: {int(mb['mask_mtp'].any(1).sum())} tokens.",
+        f"The last update of one rollout: {int(last.mb['mask_mtp'].any(1).sum())} tokens.",
         f"ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}",
         f"λ, ratio of sums (paper):               {c_hat / (v2_hat + 1e-8):8.4f}",
         f"λ, mean of ratios × 0.1 / mtp_depth:    {released:8.4f}   (released code)",
@@ -521,22 +517,22 @@ def draw_tokens(tok, mb, product, square, responses=8):
     for row in rows:
         tokens, mask = mb["tokens"][row], mb["mask"][row]
         prompt = tok.decode(tokens[: 1 + int(mask.int().argmax())].tolist())
-        prompts.append(prompt.strip()[-24:].replace("$", r"\$"))
+        prompts.append(prompt.strip()[-24:])
         pieces = [tok.decode([token]) for token in tokens[1:][mask].tolist()]
         texts.append(["END" if piece == rl.EOS else repr(piece)[1:-1] for piece in pieces])
     width = int(mb["mask"].sum(1).max())
-    figure, axes = figure_of(1, 2, (1.2 * width + 4, 0.45 * len(rows) + 1.5))
+    figure = Figure((1.2 * width + 4, 0.45 * len(rows) + 1.5), layout="constrained")
     panels = ((product, "δ_RL · δ_MTP", "RdBu"), (square, "δ_MTP²", "Greens"))
-    for axis, (values, title, colors) in zip(axes, panels):
+    for axis, (values, title, colors) in zip(figure.subplots(1, 2), panels):
         grid = torch.full((len(rows), width), math.nan)
         for i, row in enumerate(rows):
             grid[i, : len(texts[i])] = values[row][mb["mask"][row]].cpu()
             for j, text in enumerate(texts[i]):
-                axis.text(j, i, text.replace("$", r"\$"), ha="center", va="center", fontsize=9)
+                axis.text(j, i, text, ha="center", va="center", fontsize=9, parse_math=False)
         top = float(grid.nan_to_num(0).abs().max()) or 1.0
         bottom = -top if values is product else 0
         image = axis.imshow(grid.numpy(), colors, vmin=bottom, vmax=top, aspect="auto", alpha=0.7)
-        axis.set_yticks(range(len(rows)), prompts)
+        axis.set_yticks(range(len(rows)), prompts, parse_math=False)
         axis.set(title=title, xlabel="token of the response")
         figure.colorbar(image, ax=axis)
     return figure
@@ -614,15 +610,21 @@ def measure_step(args):
     # Two minibatches a rollout: the first updates the weights, the second is measured.
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
     cfg.updates_per_rollout = 2
+    algo = rl.ALGOS[cfg.algo]
     gradients, numbers = [], []
     for i in tqdm(range(args.rollouts), f"{args.run} {name}", disable=None):
         # Loading the checkpoint again would not do: Adam's moments share its memory.
         moved = copy.deepcopy(state)
-        last = all_updates_but_the_last(cfg, *moved, 10**9 + i)
-        if last is not None:  # else too few prompts had both right and wrong samples
-            g_and_m, measured = measure_minibatch(cfg, state[0], moved, *last)
-            gradients.append(g_and_m)
-            numbers.append(measured)
+        last = last_update(cfg, *moved, 10**9 + i)
+        if last is None:  # too few prompts had both right and wrong samples
+            continue
+        model, heads, _ = moved
+        _, logp_mtp, _ = rl.logprobs(model, heads, last.mb, cfg)
+        loss_ce = rl.mtp_loss("ce", logp_mtp, last.mb, last.mb["adv"], algo)
+        m_ce = occ.flat_grad(loss_ce, list(model.parameters()))
+        gradients.append(torch.stack((last.g, last.m, m_ce)))
+        last.numbers["L_eta"] = curvature_of_update(cfg, state[0], model, last)
+        numbers.append(last.numbers)
     if len(numbers) < 8:
         few = f"{len(numbers)} minibatches have a gradient, which are too few"
         raise ValueError(f"{args.run}: {few}; more --rollouts?")
@@ -640,25 +642,15 @@ def measure_step(args):
     return found
 
 
-def measure_minibatch(cfg, before, moved, mb, heads_at_rollout):
-    """Of a minibatch: (3, P) g, m of the policy loss and m of cross-entropy; and numbers, as rl.probe, and Lη.
-
-    before: the trunk at the rollout. moved: trunk, heads and optimizer after an update in which mb had no part.
-    """
-    model, heads, _ = moved
-    algo, regime, trunk = rl.ALGOS[cfg.algo], occ.REGIMES["occ"], list(model.parameters())
-    deltas, released = deltas_of(model, heads, mb, cfg)
-    numbers, g, m = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
-    numbers["occ/lam_released"] = released
-    _, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
-    m_ce = occ.flat_grad(rl.mtp_loss("ce", logp_mtp, mb, mb["adv"], algo), trunk)
-    logp, _, _ = rl.logprobs(before, None, mb, cfg)
-    g_before = occ.flat_grad(rl.trunk_policy_loss(logp, mb, algo), list(before.parameters()))
-    u = torch.cat([p.grad.flatten() for p in trunk])  # along which the update went
+def curvature_of_update(cfg, before, after, last):
+    """Lη along an update of the trunk, by the samples of `last`, which had no part in it."""
+    trunk, algo = list(before.parameters()), rl.ALGOS[cfg.algo]
+    logp, _, _ = rl.logprobs(before, None, last.mb, cfg)
+    g_before = occ.flat_grad(rl.trunk_policy_loss(logp, last.mb, algo), trunk)
     vector = torch.nn.utils.parameters_to_vector
-    delta = vector(before.parameters()).detach() - vector(trunk).detach()
-    numbers["L_eta"] = curvature(g_before, g, delta, u)
-    return torch.stack((g, m, m_ce)), numbers
+    delta = vector(trunk).detach() - vector(after.parameters()).detach()
+    u = torch.cat([p.grad.flatten() for p in after.parameters()])  # along which the update went
+    return curvature(g_before, last.g, delta, u)
 
 
 def curvature(g, g_after, delta, u):
@@ -761,8 +753,8 @@ def gains_of_steps(g, m, responses):
     g2, c, v2 = across(g, g), across(g, m), across(m, m)
     # Noise can make a square negative.
     found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
-    found["noise_g"] = 100 - 100 * g2 / g.square().sum(1).mean().item()
-    found["noise_m"] = 100 - 100 * v2 / m.square().sum(1).mean().item()
+    for name, x in (("noise_g", g), ("noise_m", m)):
+        found[name] = 100 - 100 * across(x, x) / x.square().sum(1).mean().item()
     return found
 
 
@@ -800,6 +792,9 @@ def reproduce(args):
     common = SETTING | dict(steps=steps, cache_dir=f"{out}/base") | (FAST if args.fast else {})
     plan, checkpoints = [], []
     for label in args.regimes.split(","):
+        if label not in REPRODUCED:
+            allowed = f"some of {','.join(REPRODUCED)}"
+            raise ValueError(f"--regimes {args.regimes}: unknown {label!r}; allowed: {allowed}")
         for seed in seeds:
             plan.append(common | REPRODUCED[label] | dict(seed=seed, out=f"{out}/{label}-s{seed}"))
     threads = itertools.repeat(max((os.cpu_count() or 1) // args.jobs, 1))
@@ -831,9 +826,9 @@ def train_one(flags, threads):
             config, ckpt = read_run(folder)
         except ValueError as error:
             return str(error)
-        for name in set(flags) - {"steps"}:
-            if config.get(name) != flags[name]:
-                there = f"a run with --{name} {config.get(name)}, not {flags[name]}"
+        for name, value in flags.items():
+            if name != "steps" and config.get(name) != value:
+                there = f"a run with --{name} {config.get(name)}, not {value}"
                 return f"{folder}: {there}: name another --out"
         if ckpt and ckpt["step"] == flags["steps"]:
             return ""
@@ -914,16 +909,15 @@ def statistic(records, name, key):
     """One number of a run: what CLAIMS says of the logged `key`, nan where it was not logged."""
     steps, thirds = records[-1]["step"], ([], [], [])
     for r in records:
-        if key in r and r["step"] > 0 and not math.isnan(r[key]):
-            thirds[min(3 * (r["step"] - 1) // steps, 2)].append(r[key])
+        if key in r and r["step"] > 0:
+            thirds[3 * (r["step"] - 1) // steps].append(r[key])
     early, middle, late = [interval(third)[0] for third in thirds]
-    if name == "mean":
-        return interval(itertools.chain(*thirds))[0]
     if name == "log2 of late over early":
         return math.log2(max(late, 1e-30) / max(early, 1e-30))
-    means = {"start": records[0].get(key), "early": early, "middle": middle, "late": late, "0": 0.0}
+    means = {"early": early, "middle": middle, "late": late, "start": records[0].get(key)}
+    means["mean"] = interval(itertools.chain(*thirds))[0]
     first, _, second = name.partition(" - ")
-    return means[first] - means[second or "0"]
+    return means[first] - (means[second] if second else 0.0)
 
 
 ANY = math.inf
@@ -986,21 +980,25 @@ def predicted_difference(gains, steps):
     return GROWTH * float(np.log(lived[round(0.8 * steps) - 1 :]).mean())
 
 
-def predictions(runs, steps):
-    """Rows of a table: what one step says of whole runs, beside what they did; H7.
+# Of each regime: whose states its steps are measured at (the heads learn by the same loss there), and what they gain.
+PREDICTED = {
+    "ce": ("detach", "ce/gain_1"),
+    "policy": ("occ", "policy/gain_1"),
+    "policy-0.1": ("occ", "policy/gain_0.1"),
+    "policy-0.5": ("occ", "policy/gain_0.5"),
+    "occ": ("occ", "lam_logprob/gain"),
+}
 
-    The steps are those of the run whose heads learn by the same loss: `detach` for ce, `occ` for the others.
-    """
+
+def predictions(runs, steps):
+    """Rows of a table: what one step says of whole runs, beside what they did; H7."""
     rows = []
-    for label in ("ce", *SWEEP, "occ"):
-        states, kind = ("detach", "ce") if label == "ce" else ("occ", "policy")
-        key, share = f"onestep/{kind}/gain_{REPRODUCED[label].get('lam', 1.0):g}", 1.0
-        if label == "occ":  # its own λ_t, which is 0 in the first of four updates
-            key, share = "onestep/lam_logprob/gain", 0.75
+    for label, (states, key) in PREDICTED.items():
+        share = 0.75 if label == "occ" else 1.0  # in the first of four updates its λ_t is 0
         predicted = {}
-        for seed, gains in curves(runs.get(states, {}), key).items():
-            gains = {step: share * gain for step, gain in gains.items()}
+        for seed, gains in curves(runs.get(states, {}), f"onestep/{key}").items():
             if gains:
+                gains = {step: share * gain for step, gain in gains.items()}
                 predicted[seed] = predicted_difference(gains, steps)
         measured = differences(runs, label, "detach")
         gaps = [gap - predicted[seed] for seed, gap in measured.items() if seed in predicted]
@@ -1036,12 +1034,11 @@ def draw(out, steps):
     save(draw_panels([logged(runs, "eval/score"), gaps], points=60), out / "1-scores.png")
 
     with_mtp = {label: runs[label] for label in ("ce", "policy", "occ", "exact") if label in runs}
-    cosines = {label: curves(seeds, "occ/cos") for label, seeds in with_mtp.items()}
-    cosine = cosines, Panel("Cosine of g and m of a minibatch", "c_t / (‖g‖ v_t)")
-    panels = [logged(with_mtp, "occ/c"), logged(with_mtp, "occ/v2"), cosine]
-    save(draw_panels(panels), out / "2-terms.png")
-    panels = [logged(with_mtp, "first_order"), logged(with_mtp, "second_order")]
-    save(draw_panels(panels), out / "3-decomposition.png")
+    panels = {key: logged(with_mtp, key) for key in PANELS}
+    terms = [panels[key] for key in ("occ/c", "occ/v2", "occ/cos")]
+    save(draw_panels(terms), out / "2-terms.png")
+    decomposition = [panels["first_order"], panels["second_order"]]
+    save(draw_panels(decomposition), out / "3-decomposition.png")
 
     lams, gains = {}, {}
     for name, title in JUDGED.items():
@@ -1061,11 +1058,10 @@ def draw(out, steps):
             cosines[line] = curves(seeds, f"onestep/{kind}/cos")
             gains[line] = curves(seeds, f"onestep/{kind}/gain_1")
             by_size[line] = {}
+            keys = {size: f"onestep/{kind}/gain_at_{size}" for size in SIZES}
             for seed, records in seeds.items():
-                found = {size: records[-1].get(f"onestep/{kind}/gain_at_{size}") for size in SIZES}
-                by_size[line][seed] = {
-                    size: gain for size, gain in found.items() if gain is not None
-                }
+                end = records[-1]
+                by_size[line][seed] = {size: end[key] for size, key in keys.items() if key in end}
     figure = draw_panels([
         (cosines, Panel("Cosine of g and m without noise", "cosine")),
         (gains, Panel("Gain of a step of Adam at λ = 1, over λ = 0", "%")),
@@ -1144,10 +1140,9 @@ class Parser(argparse.ArgumentParser):
             choices, default = get_args(f.type), "" if f.default == "" else f" [{f.default}]"
             if f.type is bool:
                 options = {"action": argparse.BooleanOptionalAction}
-            elif choices:
-                options = {"type": str, "metavar": "|".join(choices)}
             else:
-                options = {"type": f.type, "metavar": f.type.__name__}
+                kind = str if choices else f.type
+                options = {"type": kind, "metavar": "|".join(choices) or kind.__name__}
             text = (comments[f.name] + default).replace("%", "%%")
             self.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **options)
 
@@ -1192,10 +1187,6 @@ def parse(argv):
         least = 1 if name in ("jobs", "k", "rollouts") else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
-    for label in args.regimes.split(",") if args.command == "reproduce" else ():
-        if label not in REPRODUCED:
-            allowed = f"some of {','.join(REPRODUCED)}"
-            raise ValueError(f"--regimes {args.regimes}: unknown {label!r}; allowed: {allowed}")
     return args
 
 

@@ -151,13 +151,13 @@ def test_onestep_of_a_run(small, capsys, monkeypatch):
     cfg = small(regime="occ", keep="2", prompts_per_step=8)
     train.main(cfg)
     capsys.readouterr()
-    last_but_one, moments = evaluation.all_updates_but_the_last, []
+    last_update, moments = evaluation.last_update, []
 
     def watched(cfg, model, heads, optimizer, seed):
         moments.append(sum(state["exp_avg"].norm().item() for state in optimizer.state.values()))
-        return last_but_one(cfg, model, heads, optimizer, seed)
+        return last_update(cfg, model, heads, optimizer, seed)
 
-    monkeypatch.setattr(evaluation, "all_updates_but_the_last", watched)
+    monkeypatch.setattr(evaluation, "last_update", watched)
     weights = (evaluation.Path(cfg.out) / "ckpt.pt").read_bytes()
     arguments = ["onestep", cfg.out, "--rollouts", "12", "--checkpoint", "ckpt-2"]
     assert evaluation.main(evaluation.parse(arguments)) == 0
