@@ -202,7 +202,7 @@ def pass_at_k(n, c, k):
 def equal_by_algebra(gold, candidate):
     """What math-verify says of two formulas, where `rl.answers_equal` says no; False where it is not installed.
 
-    It evaluates what it reads, which could take forever: long numbers, factorials and powers of powers are not given to it.
+    It evaluates what it reads, which could take forever: it gets no long numbers, factorials or powers of powers.
     """
     if candidate is None or len(candidate) > 200:
         return False
@@ -265,7 +265,7 @@ def score(args):
             gold, answer = problems[i // args.k].answer, rl.extract_answer(text)
             if reward_B[i] == 0 and equal_by_algebra(gold, answer):
                 reward_B[i] = 1
-        counts = reward_B.view(-1, args.k).sum(1).int().tolist()
+        counts = reward_B.view(-1, args.k).sum(1).int().tolist()  # right ones of each problem
         row = [interval([100 * pass_at_k(args.k, c, k) for c in counts]) for k in ks]
         intervals.append(row)
         rows.append([name, len(problems), *map(cell, row)])
@@ -424,7 +424,7 @@ def save(figure, path):
 
 
 def plot(folders, path):
-    """Curves of one or more runs, as a picture: reward, score, λ_t, c_t, v_t² and the two terms of Δ_MTP."""
+    """Curves of one or more runs, as a picture: reward, score, λ_t, c_t, v_t², the two terms of Δ_MTP, and more."""
     runs = group_runs(folders)
     save(draw_panels([logged(runs, key) for key in PANELS], points=60), path)
 
@@ -434,11 +434,11 @@ def plot(folders, path):
 
 
 def last_update(cfg, model, heads, optimizer, seed):
-    """A rollout from a run's state and its updates but the last, whose minibatch is measured as by rl.probe.
+    """A rollout from a run's state and its updates but the last, whose minibatch is measured by rl.probe.
 
     The updates are those of train.step_of_rl with λ = 0, without the KL term and what is special to --released.
-    Returns the minibatch mb, its deltas (δ_RL, δ_MTP), its numbers and its gradients g and m; None if there was only one
-    minibatch: then every δ is 0.
+    Returns the minibatch mb, its deltas (δ_RL, δ_MTP), numbers, and gradients g and m; None of a single minibatch,
+    where every δ is 0.
     """
     heads_loss, algo = occ.REGIMES[cfg.regime].heads_loss, rl.ALGOS[cfg.algo]
     problems, generator = rl.training_problems(cfg, seed), torch.Generator().manual_seed(seed)
@@ -597,22 +597,20 @@ def onestep(args):
         lines += [
             f"m of {kind}: cosine of E g and E m {cos:.2f}; of a minibatch's ‖g‖² {noise_g:.0f} % and ‖m‖² "
             f"{noise_m:.0f} % is noise",
-            f"Would MTP help this run, through m of {kind}? {answer}: at the λ that one half of the minibatches chooses "
-            f"(mean of both halves {lam:g}) a step gains {cell((mean, half))} % in the other.",
+            f"Would MTP help this run, through m of {kind}? {answer}: at the λ that one half of the minibatches "
+            f"chooses (mean of both halves {lam:g}) a step gains {cell((mean, half))} % in the other.",
         ]
     return lines
 
 
 def measure_step(args):
     """What `onestep` says of a checkpoint, as a flat dict of numbers and of (mean, half-width)."""
-    name = args.checkpoint
-    cfg, state = load_run(args.run, args.device, f"{name}.pt", with_heads=True)
+    cfg, state = load_run(args.run, args.device, f"{args.checkpoint}.pt", with_heads=True)
     # Two minibatches a rollout: the first updates the weights, the second is measured.
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
     cfg.updates_per_rollout = 2
-    algo = rl.ALGOS[cfg.algo]
     gradients, numbers = [], []
-    for i in tqdm(range(args.rollouts), f"{args.run} {name}", disable=None):
+    for i in tqdm(range(args.rollouts), f"{args.run} {args.checkpoint}", disable=None):
         # Loading the checkpoint again would not do: Adam's moments share its memory.
         moved = copy.deepcopy(state)
         last = last_update(cfg, *moved, 10**9 + i)
@@ -620,7 +618,7 @@ def measure_step(args):
             continue
         model, heads, _ = moved
         _, logp_mtp, _ = rl.logprobs(model, heads, last.mb, cfg)
-        loss_ce = rl.mtp_loss("ce", logp_mtp, last.mb, last.mb["adv"], algo)
+        loss_ce = rl.mtp_loss("ce", logp_mtp, last.mb, last.mb["adv"], rl.ALGOS[cfg.algo])
         m_ce = occ.flat_grad(loss_ce, list(model.parameters()))
         gradients.append(torch.stack((last.g, last.m, m_ce)))
         last.numbers["L_eta"] = curvature_of_update(cfg, state[0], model, last)
@@ -723,8 +721,8 @@ def gain_of_a_proxy(g, m, lam_N):
 def chosen_on_one_half(even, odd):
     """(λ, gain): the best λ by each half of the minibatches, and its gain in the other half; means of the two.
 
-    The halves are gains_by_lam of one size, (len(LAMS), 1 + parts). A λ that is chosen and valued on the same minibatches
-    always looks as if it helped.
+    The halves are gains_by_lam of one size, (len(LAMS), 1 + parts). A λ that is chosen and valued on the same
+    minibatches always looks as if it helped.
     """
     lams, gains = [], []
     for here, there in ((even, odd), (odd, even)):
@@ -922,7 +920,7 @@ def statistic(records, name, key):
 
 ANY = math.inf
 # H5, seconds of a step, needs an idle machine: tests/bench.py. H7: predictions.
-CLAIMS = [  # claim, quantity, regime, statistic of a run or the regime to compare with, key, claimed to lie above, below
+CLAIMS = [  # claim, quantity, regime, statistic or regime to compare with, key, claimed to lie above, below
     ("H1", "cosine of g and m of ce, without noise", "detach", "mean", "onestep/ce/cos", -0.1, 0.1),
     ("H1", "ce: log2 of v², last third over first", "ce", "log2 of late over early", "occ/v2", -1, ANY),
     ("H1", "ce − detach, points", "ce", "detach", "eval/score", -ANY, 0),
@@ -1083,9 +1081,8 @@ def gaps_to_detach(runs):
     base, lines = scores.pop("detach", {}), {}
     for label, seeds in scores.items():
         for seed in sorted(set(seeds) & set(base)):
-            gap = {
-                step: y - base[seed][step] for step, y in seeds[seed].items() if step in base[seed]
-            }
+            ours, theirs = seeds[seed], base[seed]
+            gap = {step: ours[step] - theirs[step] for step in ours if step in theirs}
             lines.setdefault(label, {})[seed] = gap
     return lines
 
@@ -1094,7 +1091,6 @@ def write_tables(out, runs, steps):
     """Scores, differences to detach, predictions, proxies and claims."""
     one_run = next(iter(next(iter(runs.values())).values()))
     suites = [name for name in one_run[0] if name.startswith("eval/")]
-    names = [name.removeprefix("eval/") for name in suites]
     scores, gaps = [], []
     for label, seeds in runs.items():
         row = [cell(interval(finals(seeds, suite).values())) for suite in suites]
@@ -1106,6 +1102,7 @@ def write_tables(out, runs, steps):
         to_detach = [differences(runs, label, "detach", suite).values() for suite in suites]
         if label != "detach" and to_detach[0]:
             gaps.append([label, len(to_detach[0]), *(cell(interval(x)) for x in to_detach)])
+    names = [name.removeprefix("eval/") for name in suites]
     head = ["regime", "n", *names, "before RL", "λ, first third", "last third"]
     write_table(out / "scores", head, scores)
     write_table(out / "differences", ["regime − detach", "n", *names], gaps)
