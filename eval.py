@@ -83,17 +83,20 @@ def read_metrics(folder):
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if not lines:
         raise ValueError(f"{path}: empty: the run never began; start it again")
-    records = []
-    for i, line in enumerate(lines, 1):
-        record = rl.parse_json(line, f"{path}:{i}")
-        name, keys = ("header", ("config", "versions")) if i == 1 else ("step", ("step",))
-        if not isinstance(record, dict) or not all(key in record for key in keys):
-            raise ValueError(f"{path}:{i}: not the {name} of a run: it lacks {' or '.join(keys)}")
-        records.append(record)
+    records = [rl.parse_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
     header = records.pop(0)
-    version = header["versions"].get("nanoocc")
+    try:
+        config, version = header["config"], header["versions"]["nanoocc"]
+        complete = {"regime", "seed"} <= set(config)
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path}:1: not the header of a run")
     if version != VERSION:
         raise ValueError(f"{path}:1: a run of version {version}; this is version {VERSION}")
+    for i, record in enumerate(records, 2):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{i}: not the record of a step")
     return header, records
 
 
@@ -1148,7 +1151,8 @@ class Parser(argparse.ArgumentParser):
 def reporting(prog):
     """Errors as one line on stderr and an exit code: 2 the user's mistake, 1 a run that broke down, 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what a terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):  # a notebook's have no encoding
+            stream.reconfigure(errors="replace")  # what a terminal's encoding lacks
     wrong_paths = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
     mistakes = (ValueError, PermissionError, *wrong_paths)
     try:
