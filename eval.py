@@ -473,7 +473,11 @@ def deltas_of(model, heads, mb, cfg):
     with torch.no_grad():
         logp, logp_mtp, _ = rl.logprobs(model, heads, mb, cfg)
     deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
-    return deltas, rl.released_lam(logp, logp_mtp, mb).mean().item()
+    old_BKT = mb["old"][:, None].expand_as(logp_mtp)
+    theirs = occ.token_deltas(logp, mb["old"], logp_mtp, old_BKT, mb["mask_mtp"])
+    lam_plus = occ.RELEASED_LAM_PLUS / cfg.mtp_depth
+    released_B = occ.released_coefficient(*theirs, mb["mask_mtp"].any(1), lam_plus)
+    return deltas, released_B.mean().item()
 
 
 def explain(args):
@@ -556,7 +560,7 @@ PROXIES = {  # a λ that is measured for each minibatch, and its name
     "lam_released": "mean of ratios × 0.1",
     "lam_hidden": "hidden states",
     "lam_frozen": "log-probs, frozen heads",
-    "lam_star": "exact c/v²",
+    "lam_exact": "exact c/v²",
 }
 
 
@@ -659,7 +663,7 @@ def curvature(g, g_after, delta, u):
 
     g and g_after, before and after the step, are of samples that had no part in it: those that chose it fall faster.
     """
-    return occ.product(g - g_after, delta) / (delta.norm() * u.norm()).item()
+    return occ.dot(g - g_after, delta) / (delta.norm() * u.norm()).item()
 
 
 def across(a, b):

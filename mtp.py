@@ -134,8 +134,8 @@ def after_rejection(log_p_BV, log_q_BV):
 def draft(model, heads, caches, tokens, states, n_B, width, end, temperature, u_BK):
     """Each head writes its draft behind position n, the last token's. Returns their log-probs (B, K, V).
 
-    Head k reads the `width` positions before n and writes token n+k. What its cache has of the last K+1 of them may be of
-    rejected drafts, so each round makes these again. Older columns are right, and later ones are masked.
+    Head k reads the `width` positions before n and writes token n+k. What its cache has of the last K+1 of them may be
+    of rejected drafts, so each round makes these again. Older columns are right, and later ones are masked.
     """
     row = torch.arange(len(n_B), device=n_B.device)
     window = (n_B[:, None] + torch.arange(-width, 0, device=n_B.device)).clamp(min=0)
@@ -151,8 +151,8 @@ def draft(model, heads, caches, tokens, states, n_B, width, end, temperature, u_
 def settle(log_p, log_q_BKV, draft_BK, temperature, u):
     """The tokens of a round (B, K+1), and how many of its drafts are accepted (B,).
 
-    These drafts come first, then one token of the trunk; columns after it mean nothing. log_p (B, K+1, V) are the trunk's
-    log-probs, and u (B, K+1, 3) the numbers of speculative_generate.
+    These drafts come first, then one token of the trunk; columns after it mean nothing. log_p (B, K+1, V) are the
+    trunk's log-probs, and u (B, K+1, 3) the numbers of speculative_generate.
     """
     B, K = draft_BK.shape
     row = torch.arange(B, device=u.device)

@@ -1,7 +1,8 @@
 """Optimal Coefficient Calibration: how much of the MTP gradient enters the trunk (Wang et al. 2026, arXiv 2605.28184).
 
-θ are the parameters of the trunk. g is the gradient of the policy loss at θ, m that of the loss of the MTP heads. If
-the objective is L-smooth, a step of size η against g + λ m gains at least what RL alone (λ = 0) is sure to gain, plus
+θ are the parameters of the trunk. g is the gradient of the policy loss at θ (g_RL in the plots), m that of the loss of
+the MTP heads (g_MTP). If the objective is L-smooth, a step of size η against g + λ m gains at least what RL alone is
+sure to gain, plus
 
     Δ_MTP(λ) = η λ (1 - Lη) c - (L η² λ² / 2) v²        c = <g, m>   first-order correlation
                                                         v² = ‖m‖²   second-order penalty
@@ -72,11 +73,9 @@ def scale_grad(x, lam):
 
     The tensor is read during the backward only. So it may be filled in after the forward, when the log-probs are known.
     """
-    if isinstance(lam, torch.Tensor):
-        return _ScaleGrad.apply(x, lam)
-    if lam == 0:
+    if not isinstance(lam, torch.Tensor) and lam == 0:
         return x.detach()
-    return _ScaleGrad.apply(x, torch.tensor(float(lam), device=x.device))
+    return _ScaleGrad.apply(x, torch.as_tensor(lam, device=x.device))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8):
 def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
     """λ from the gradients of both losses at the trunk's final hidden states.
 
-    Not in the paper. Both losses reach the trunk mostly through these states (the bound of Sener & Koltun 2018, arXiv
+    Not in the paper. Both losses reach the trunk mostly through these states (as in Sener & Koltun 2018, arXiv
     1810.04650), and to find their gradients there takes no backward pass through the trunk.
     """
     return lam_plus * inner(grad_rl, grad_mtp) / (inner(grad_mtp, grad_mtp) + eps)
@@ -115,7 +114,7 @@ RELEASED_LAM_PLUS = 0.1  # divided by the number of heads, this is λ₊ in the 
 
 
 def released_coefficient(delta_rl_BT, delta_mtp_BT, mask_BT, lam_plus=1.0, eps=1e-8):
-    """λ of each response (B,), as in the authors' code: two neighbours, their micro-batch, share one.
+    """λ of each response (B,), as in the authors' code: two neighbouring responses, a micro-batch there, share one.
 
     It is the mean of δ_RL δ_MTP / (δ_MTP² + ε) over the pair's tokens. Differs: theirs also counts padding, as zeros.
     """
@@ -158,35 +157,36 @@ def flat_grad(loss, params):
     return total(torch.cat([grad.flatten() for grad in grads]))
 
 
-def product(a, b):
+def dot(a, b):
     """<a, b> as a number, of two vectors that every process has whole (`inner` adds up over processes)."""
     return (wide(a) * wide(b)).sum().item()
 
 
 def exact_terms(g, m, lam_plus=1.0):
     """c, v², ‖g‖², the cosine of g and m, and λ = λ₊ c/v². What would be a division by 0 is 0."""
-    c = product(g, m)
-    v2 = product(m, m)
-    g2 = product(g, g)
+    c = dot(g, m)
+    v2 = dot(m, m)
+    g2 = dot(g, g)
     cos = c / (g2 * v2) ** 0.5 if g2 * v2 > 0 else 0.0
     lam = lam_plus * c / v2 if v2 > 0 else 0.0
-    return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_star": lam}
+    return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_exact": lam}
 
 
 def coefficient(rule, cfg, deltas, losses, h_BTC, trunk):
     """λ of one minibatch by a regime's rule: a number, or a tensor of one element.
 
-    deltas: (δ_RL, δ_MTP). losses: (loss_rl, loss_mtp), whose graph has its doors open. h_BTC: the hidden states at the
-    door. trunk: its parameters. Only "exact" and --occ_proxy hidden differentiate, and they keep the graph.
+    deltas: (δ_RL, δ_MTP). losses: (loss_rl, loss_mtp), with λ = 1 at the doors. h_BTC: the hidden states at the door.
+    trunk: its parameters. Only "exact" and --occ_proxy hidden differentiate, and they keep the graph.
     """
     if rule == "fixed":
         return cfg.lam
     if rule == "exact":
         g, m = [flat_grad(loss, trunk) for loss in losses]
-        return exact_terms(g, m, cfg.lam_plus)["lam_star"]
+        return exact_terms(g, m, cfg.lam_plus)["lam_exact"]
     if rule == "proxy" and cfg.occ_proxy == "hidden":
         grads = [torch.autograd.grad(loss, h_BTC, retain_graph=True)[0] for loss in losses]
         return hidden_coefficient(*grads, cfg.lam_plus)
     if rule == "proxy":
         return logprob_coefficient(*deltas, cfg.lam_plus)
+    assert rule == "cut", f"a rule that nobody wrote: {rule}"
     return 0.0

@@ -502,7 +502,7 @@ def tidied(text):
 
 
 def answers_equal(gold, candidate):
-    """Whether two answers are the same: numbers exactly (1\\frac45, 9/5, 1.8, 180%), else equal text after light tidying.
+    """Whether two answers are the same: numbers exactly (1\\frac45, 9/5, 1.8, 180%), else text, after light tidying.
 
     A gold in percent may be answered without the sign. None is no answer. Never raises.
     """
@@ -586,8 +586,8 @@ def informative(reward_PG):
 
 
 def rollout(model, heads, tok, problems, algo, cfg, generator):
-    """The samples of one step. With dynamic sampling (DAPO §3.2) prompts without a gradient are replaced by new ones from
-    the iterator `problems`. It draws at most ROUNDS times; what is missing then stays missing.
+    """The samples of one step. With dynamic sampling (DAPO §3.2) prompts without a gradient are replaced by new ones
+    from the iterator `problems`. It draws at most ROUNDS times; what is missing then stays missing.
 
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
@@ -737,7 +737,7 @@ def trunk_policy_loss(logp_BT, mb, algo):
 
 
 def mtp_loss(kind, logp_BKT, mb, adv_B, algo):
-    """What the heads learn by, mean over depths: "ce" cross-entropy on the sampled tokens, "policy" the clipped loss."""
+    """A loss of the heads, mean over depths: "ce" cross-entropy on the sampled tokens, "policy" the clipped loss."""
     if kind == "policy":
         mask, weight = mb["mask_mtp"], mb["weight_mtp"]
         loss = policy_loss(logp_BKT, mb["old_mtp"], adv_B, mask, weight, algo)
@@ -754,14 +754,6 @@ def logprobs(model, heads, mb, cfg, door=1.0):
     """mtp.logprobs of a minibatch: logp (B, T-1), logp_mtp (B, K, T-1), and the hidden states."""
     tokens, mask = mb["tokens"], mb["mask"]
     return mtp.logprobs(model, heads, tokens, mask, cfg.temperature, cfg.logp_impl, door)
-
-
-def released_lam(logp_BT, logp_BKT, mb):
-    """λ of each response (B,) as in the authors' code, where the old log-probs of the heads are the trunk's."""
-    old_BKT = mb["old"][:, None].expand_as(logp_BKT)
-    deltas = occ.token_deltas(logp_BT, mb["old"], logp_BKT, old_BKT, mb["mask_mtp"])
-    lam_plus = occ.RELEASED_LAM_PLUS / logp_BKT.size(1)
-    return occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), lam_plus)
 
 
 @torch.no_grad()
@@ -826,8 +818,8 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
     """What the forward pass of an update tells of trunk and heads; first: of the first update after the rollout."""
     metrics = {}
     if first:
-        # The gap is to the sampler's log-probs, in this minibatch. The agreement is the share of tokens that a speculative
-        # sampler would accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
+        # The gap is to the sampler's log-probs, in this minibatch. The agreement is the share of tokens that a
+        # speculative sampler would accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
         metrics["rollout/logp_gap"] = largest((logp_BT - mb["logp"]).abs() * mb["mask"])
         accepted_BKT = (logp_BKT - logp_BT[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
         scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)

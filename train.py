@@ -17,8 +17,8 @@ are always the same. Left out: learning-rate schedules and weight decay in RL, g
 
 import os
 
-# OpenMP's threads wait for work by spinning. Beside another busy program that makes a step with two threads ten times
-# slower, so they sleep instead. It must be set before torch is imported.
+# OpenMP's threads wait for work by spinning. Beside another busy program, spinning makes a step with two threads ten
+# times slower, so they sleep instead. This must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy
@@ -60,7 +60,7 @@ class Config:
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token a byte, or GPT-2's
     seed: int = 0  # of everything random
     # reinforcement learning
-    regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn, how much reaches the trunk
+    regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn by, what reaches the trunk
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # rollouts
     lr: float = 2e-4  # of Adam, for trunk and heads
@@ -87,7 +87,7 @@ class Config:
     pretrain_steps: int = 1000  # batches of solutions
     pretrain_batch: int = 160  # solutions a batch
     pretrain_lr: float = 3e-3  # of AdamW; Muon has 7 times this
-    pretrain_lam: float = 0.3  # weight of the MTP loss, in the trunk too, in the last third
+    pretrain_lam: float = 0.3  # weight of the MTP loss, which joins for the last third
     # the run
     out: str = ""  # folder of the run; by default out/<task>-<regime>-s<seed>
     cache_dir: str = "out/base"  # pretrained models, by a hash of what determines them
@@ -150,9 +150,9 @@ class Config:
         return rl.suites_of(self.task, self.data_dir)
 
     def tokens_per_update(self):
-        """The most tokens that the responses of one minibatch have."""
-        responses = self.prompts_per_step * self.num_generations // self.updates_per_rollout
-        return responses * self.max_new_tokens
+        """The most tokens that the responses of one minibatch can have."""
+        groups = math.ceil(self.prompts_per_step / self.updates_per_rollout)
+        return groups * self.num_generations * self.max_new_tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def set_up(cfg):
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         # Multiply-adds of an update's largest matrix product. A thread needs 30 million of them to be worth waking. At
-        # the default size (17 million) two threads took 1.1 times as long as one, for Muon 8 times.
+        # the default size (17 million) two threads took 1.1 times as long as one, and a step of Muon 8 times.
         work = cfg.tokens_per_update() // world()[1] * 4 * cfg.n_embd**2
         torch.set_num_threads(max(min(work // 30_000_000, threads), 1))
     return device
@@ -197,7 +197,9 @@ def progress(steps, name):
 
 
 def stop_at_ctrl_c():
-    """A list that gets an item at Ctrl-C or SIGTERM, so that the step can end first. A second one ends it at once."""
+    """A list that gets an item at Ctrl-C or SIGTERM, so that the step can end first. A second one ends it at once, but
+    not under torchrun.
+    """
     requests = []
 
     def handler(signum, frame):
@@ -259,7 +261,7 @@ def pretraining_batch(cfg, step):
 
 
 def pretrain(cfg, model, heads, device):
-    """Next-token prediction of solutions, by Muon for the matrices inside the blocks, AdamW for the rest."""
+    """Next-token prediction of solutions. Muon moves the matrices but those of tokens and positions, AdamW the rest."""
     inside, rest = [], []
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         is_inside = p.ndim == 2 and name not in ("wte.weight", "wpe.weight", "lm_head.weight")
@@ -293,12 +295,13 @@ def pretrain(cfg, model, heads, device):
 
 
 def pretrained(cfg, device):
-    """Weights {model, heads} after pretraining: from the cache, if all that determines them is the same there."""
+    """Weights {model, heads} after pretraining: from the cache, if settings and sources are the same there."""
     names = "difficulty careless tokenizer seed tied logp_impl max_new_tokens".split()
     names += [name for name in vars(cfg) if name.startswith(("pretrain_", "n_", "mtp_"))]
     key = [torch.__version__, device.type, *(getattr(cfg, name) for name in names)]
     key += [s if s in rl.SUITES else Path(s).read_bytes().hex() for s in cfg.suites()]
-    sources = (sys.modules["model"], mtp, rl, evaluation.build, Muon, pretraining_batch, pretrain)
+    sources = [sys.modules["model"], mtp, rl, occ.scale_grad, occ._ScaleGrad]
+    sources += [evaluation.build, Muon, pretraining_batch, pretrain]
     key += [inspect.getsource(source) for source in sources]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = Path(cfg.cache_dir) / f"{digest[:16]}.pt"
@@ -441,42 +444,46 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
     probing = heads and cfg.probe_every and step % cfg.probe_every == 0
     heads_at_rollout = copy.deepcopy(heads) if probing else None
 
-    # 1 rollout: G samples of each prompt, from exactly the distribution that is scored below
+    # 1 rollout: G samples of each prompt, from the distribution that is scored below
     problems = rl.training_problems(cfg, step)
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
     batch, record, examples = rl.rollout(model, heads, tok, problems, algo, cfg, generator)
     clock("rollout")
 
-    # 2 rewards -> advantages. A minibatch for each update; all but the first get their old log-probs here.
+    # 2 rewards -> advantages. A minibatch for each update, with its log-probs before any update. The first needs no
+    # extra pass for them.
     adv_B = rl.advantages(batch["reward"].view(-1, cfg.num_generations), algo.advantage).flatten()
     minibatches = rl.minibatches(model, heads, batch, adv_B, algo, cfg, reference)
     clock("score")
 
     updates = []
     for mb in minibatches:
-        # Log-probs of trunk and heads. The heads read the trunk through doors. In the backward of 6 these multiply the
-        # heads' gradient by `lam`. It is 1 until 5 sets it to λ_t, so that regime exact can measure all of m.
+        # Log-probs of trunk and heads. In the backward, the doors of the trunk multiply the heads' gradient by `lam`. It
+        # is 1 while regime exact and the proxy `hidden` measure m in 5, which then sets it to λ_t.
         lam = torch.ones((), device=adv_B.device)
-        door = 0.0 if regime.rule == "cut" else lam  # the number 0 cuts the graph
+        door = 0.0 if regime.rule == "cut" else lam  # a number cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
-        # The first comes before any update: these are its old log-probs. Its ratios are exactly 1, and δ is exactly 0.
+        # In the first update these are the old log-probs: ratios are exactly 1, δ exactly 0.
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
+        if cfg.released:  # the authors' code takes the trunk's: the heads' ratios do not start at 1
+            mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
+        # δ: how the log-probs have changed since the rollout
+        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
 
         # 3 policy loss of the trunk
         loss_rl = rl.trunk_policy_loss(logp, mb, algo)
         # 4 MTP loss: m is the gradient of loss_mtp. The heads learn by loss_heads, which is the same in most regimes.
         adv_mtp = mb["adv"]
-        if cfg.released:  # authors' code: λ scales the advantages, old log-probs are the trunk's
-            lam_B = rl.released_lam(logp, logp_mtp, mb)
+        if cfg.released:  # λ scales the advantages, inside the clip
+            lam_plus = occ.RELEASED_LAM_PLUS / cfg.mtp_depth
+            lam_B = occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), lam_plus)
             adv_mtp = mb["adv"] * lam_B
-            mb["old_mtp"] = mb["old"][:, None].expand_as(logp_mtp)
         loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
         loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
         clock("update")
 
-        # 5 coefficient λ_t: OCC computes it from δ, the change of the log-probs since the rollout
-        deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
+        # 5 coefficient λ_t
         if cfg.released:
             lam_t = lam_B.mean()  # only for the log: the loss has it already, and lam stays 1
         else:
@@ -488,7 +495,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
             metrics, _, _ = rl.probe(model, heads, mb, deltas, regime, algo, cfg, heads_at_rollout)
             clock("probe")
 
-        # 6 one backward, one step: the trunk goes down g + λ_t m, the heads go down their own gradient
+        # 6 backward, and one step of Adam: the trunk's gradient is g + λ_t m, the heads have their own
         optimizer.zero_grad()
         if regime.heads_loss == regime.trunk_loss:
             (loss_rl + loss_mtp).backward()
@@ -578,6 +585,7 @@ def main(cfg, resume=False):
         if stopping and step < cfg.steps:
             say(f"stopped after step {step}; {go_on}")
             return 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # no more steps to wait for
     if world()[0] == 0:
         evaluation.plot([run.dir], run.dir / "curves.png")
         _, records = evaluation.read_metrics(run.dir)

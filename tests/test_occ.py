@@ -173,7 +173,7 @@ def test_the_probe_measures_the_real_gradients():
     losses, deltas, h = forward(model, heads, mb, "policy")
     expected = by_hand(model, losses, deltas, h)
     terms, g, m = rl.probe(model, heads, mb, deltas, row, ALGO, CFG, heads)
-    for name, key in (("c", "c"), ("cos", "cos"), ("lam_star", "exact"), ("lam_hidden", "hidden"),
+    for name, key in (("c", "c"), ("cos", "cos"), ("lam_exact", "exact"), ("lam_hidden", "hidden"),
                       ("lam_logprob", "occ"), ("lam_frozen", "occ")):  # fmt: skip
         assert terms[f"occ/{name}"] == pytest.approx(expected[key], rel=1e-3), name
     _, other_heads = tiny(seed=1)  # as if the heads had moved since the rollout

@@ -121,7 +121,7 @@ def test_the_first_lambda_of_a_rollout_is_exactly_zero(small, monkeypatch, capfd
     assert record["occ/lam"] == 0 and record["occ/v2_hat"] > 0 and record["mtp/ratio_max"] > 1
 
 
-@pytest.mark.parametrize("name, changes", [("lam_star", dict(regime="exact", algo="drgrpo")), ("lam_logprob", {}),
+@pytest.mark.parametrize("name, changes", [("lam_exact", dict(regime="exact", algo="drgrpo")), ("lam_logprob", {}),
                                            ("lam_hidden", dict(occ_proxy="hidden", algo="grpo"))])  # fmt: skip
 def test_the_probe_tells_the_lambda_that_the_update_uses(small, name, changes):
     cfg = small(**changes)
