@@ -1,5 +1,6 @@
 """What the tests share: the project's root on the path, small models, minibatches of random tokens, and small runs."""
 
+import functools
 import os
 import sys
 import zlib
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,7 +31,9 @@ def _same_numbers():
     torch.set_num_threads(1)  # tensors here are too small for two
 
 
-def tiny(vocab=11, layers=2, channels=16, tied=False, depth=2, design="sequential", block=24, seed=0):
+def tiny(
+    vocab=11, layers=2, channels=16, tied=False, depth=2, design="sequential", block=24, seed=0
+):
     """A trunk and its heads whose every weight matters: residual projections are zero at initialisation."""
     torch.manual_seed(seed)
     shape = GPTConfig(vocab, block, layers, 2, channels, tied)
@@ -51,16 +55,14 @@ def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
     return tokens, ((t >= p) & (t < p + r))[:, 1:]
 
 
-def shake(*modules, scale=0.02):
-    """An update happened in between."""
-    with torch.no_grad():
-        for module in modules:
-            for p in module.parameters():
-                p.add_(scale * torch.randn_like(p))
+CFG = SimpleNamespace(
+    temperature=1.0, logp_impl="naive", updates_per_rollout=2, num_generations=2, max_new_tokens=8,
+    mtp_depth=2, prompts_per_step=3, speculative=False, lam=0.5, lam_plus=1.0, occ_proxy="logprob",
+)  # fmt: skip
 
 
-CFG = SimpleNamespace(temperature=1.0, logp_impl="naive", updates_per_rollout=2, num_generations=2, max_new_tokens=8,
-                      mtp_depth=2, prompts_per_step=3, speculative=False, lam=0.5, lam_plus=1.0, occ_proxy="logprob")  # fmt: skip
+def config(**changes):
+    return SimpleNamespace(**{**vars(CFG), **changes})
 
 
 def minibatches(model, heads, algo="dapo", **changes):
@@ -68,9 +70,8 @@ def minibatches(model, heads, algo="dapo", **changes):
     tokens, mask = batch()
     logp, _, _ = mtp.logprobs(model, None, tokens, mask)
     samples = {"tokens": tokens, "mask": mask, "logp": logp.detach()}
-    cfg = SimpleNamespace(**{**vars(CFG), **changes})
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    return rl.minibatches(model, heads, samples, adv, rl.ALGOS[algo], cfg)
+    return rl.minibatches(model, heads, samples, adv, rl.ALGOS[algo], config(**changes))
 
 
 def minibatch(model, heads, algo="dapo"):
@@ -78,13 +79,43 @@ def minibatch(model, heads, algo="dapo"):
     (mb,) = minibatches(model, heads, algo, updates_per_rollout=1)
     logp, logp_mtp, _ = mtp.logprobs(model, heads, mb["tokens"], mb["mask"])
     mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
-    shake(model, heads)
+    with torch.no_grad():
+        for p in [*model.parameters(), *heads.parameters()]:
+            p.add_(0.02 * torch.randn_like(p))
     return mb
 
 
-SMALL = dict(lr=3e-4, n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu", steps=4,
-             prompts_per_step=4, num_generations=4, updates_per_rollout=2, max_new_tokens=12, eval_problems=2, eval_k=2,
-             eval_every=2, save_every=2, probe_every=2)  # fmt: skip
+def rows_of(mb, rows):
+    return {name: x[rows] for name, x in mb.items()}
+
+
+def wider(mb):
+    """With three more columns of padding, whose numbers are wrong: nobody may read them."""
+    out = {}
+    for name, x in mb.items():
+        wrong = -7.0 if x.is_floating_point() else 0
+        out[name] = F.pad(x, (0, 3), value=wrong) if x.ndim > 1 else x
+    return out
+
+
+def plain_logp(model, tokens, temperature=1.0):
+    """Log-probs (B, T-1) of all tokens but the first, from all logits at once."""
+    logp = (model(tokens)[:, :-1] / temperature).log_softmax(-1)
+    return logp.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def chi_square(drawn, probs):
+    """Of integers against the probabilities of each."""
+    expected = len(drawn) * probs
+    counts = torch.bincount(drawn, minlength=len(probs))
+    return ((counts - expected).square() / expected).sum().item()
+
+
+SMALL = dict(
+    lr=3e-4, n_layer=1, n_head=2, n_embd=16, pretrain_steps=3, pretrain_batch=8, device="cpu", steps=4,
+    prompts_per_step=4, num_generations=4, updates_per_rollout=2, max_new_tokens=12, eval_problems=2,
+    eval_k=2, eval_every=2, save_every=2, probe_every=2,
+)  # fmt: skip
 
 
 def coin(problem, text):
@@ -92,14 +123,26 @@ def coin(problem, text):
     return zlib.crc32(text.encode()) % 2 == 0
 
 
+def make_quick(monkeypatch):
+    """Rewards are a coin, and there are no plots: they are most of a small run's time."""
+    monkeypatch.setattr(rl, "is_right", coin)
+    monkeypatch.setattr(evaluation, "plot", lambda folders, path: None)
+
+
+def small_config(folder, name="run", **changes):
+    """Of a run in folder / name that takes a fraction of a second."""
+    paths = dict(out=str(folder / name), cache_dir=str(folder / "base"))
+    return train.Config(**{**SMALL, **paths, **changes})
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Makes a Config of a run that takes a fraction of a second; rewards are a coin."""
-    monkeypatch.setattr(evaluation, "plot", lambda folders, path: None)  # most of a small run's time
-    monkeypatch.setattr(rl, "is_right", coin)
+    make_quick(monkeypatch)
+    return functools.partial(small_config, tmp_path)
 
-    def make(name="run", **changes):
-        paths = dict(out=str(tmp_path / name), cache_dir=str(tmp_path / "base"))
-        return train.Config(**{**SMALL, **paths, **changes})
 
-    return make
+def metrics(cfg, clock=False):
+    """The lines of metrics.jsonl behind its header, without what depends on the clock."""
+    _, records = evaluation.read_metrics(cfg.out)
+    untimed = [{k: v for k, v in r.items() if not k.startswith(("time", "perf/"))} for r in records]
+    return records if clock else untimed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import chi_square, plain_logp, tiny
 
 import model as gpt
 from model import choose, generate
@@ -21,7 +21,7 @@ def test_causality_by_gradients(monkeypatch):
     for t in range(8):
         assert positions_seen(model, t) == [i <= t for i in range(8)]
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v))
     assert all(positions_seen(model, 3))  # the future is seen: this test can fail
 
 
@@ -39,35 +39,39 @@ def test_samples_and_their_logprobs_are_those_of_a_forward_pass_without_cache(te
     model, _ = tiny()
     out = generate(model, [[1, 2, 3], [4], [5, 6, 7, 8, 9]], 30, 9, eos=0, temperature=temperature)
     tokens, mask = out["tokens"], out["mask"]
-    logits = model(tokens)[:, :-1]
-    logp = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    logp = plain_logp(model, tokens, temperature or 1.0)
     torch.testing.assert_close(out["logp"][mask], logp[mask], rtol=0, atol=1e-5)
-    assert (out["logp"].roll(1, dims=1) - logp)[mask].abs().max() > 0.1  # by one column they are wrong
-    assert (logits.argmax(-1) == tokens[:, 1:])[mask].all() == (temperature == 0)
+    by_one_column = out["logp"].roll(1, dims=1)
+    assert (by_one_column - logp)[mask].abs().max() > 0.1
+    likeliest = model(tokens)[:, :-1].argmax(-1)
+    assert (likeliest == tokens[:, 1:])[mask].all() == (temperature == 0)
 
 
 def test_eos_is_inside_the_mask_and_nothing_follows_it():
     model, _ = tiny()
     out = generate(model, [[1, 2, 3], [4]], 100, 8, eos=5)
-    token, column = out["tokens"][:, 1:], torch.arange(out["mask"].size(1))  # column t speaks of token t+1
-    start = torch.tensor([2] * 100 + [0] * 100)[:, None]  # the column of the token behind the prompt
-    response, is_eos = column >= start, (token == 5) & (column >= start)
+    token, mask = out["tokens"][:, 1:], out["mask"]  # column t speaks of token t+1
+    column = torch.arange(mask.size(1))
+    start = torch.tensor([2, 0]).repeat_interleave(100)[:, None]  # the first column of a response
+    is_eos = (token == 5) & (column >= start)
     eos_before = is_eos.cumsum(1) - is_eos.long() > 0
-    assert torch.equal(out["mask"], response & (column < start + 8) & ~eos_before)
-    assert not token[response & ~out["mask"]].any() and not out["logp"][~out["mask"]].any()
+    assert torch.equal(mask, (column >= start) & (column < start + 8) & ~eos_before)
+    assert not token[(column >= start) & ~mask].any() and not out["logp"][~mask].any()
     assert is_eos.sum() > 20
 
 
 def test_samples_follow_the_tempered_distribution():
-    logits, chi2 = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0]), {}
-    expected = 20_000 * (logits / 0.7).softmax(0)
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.0])
+    chi2 = {}
     for temperature in (0.7, 1.0):
-        tokens = choose(gpt.tempered(logits, temperature).expand(20_000, 5), temperature, torch.rand(20_000))
-        chi2[temperature] = ((torch.bincount(tokens, minlength=5) - expected).square() / expected).sum()
+        logp = gpt.tempered(logits, temperature).expand(20_000, 5)
+        tokens = choose(logp, temperature, torch.rand(20_000))
+        chi2[temperature] = chi_square(tokens, (logits / 0.7).softmax(0))
     assert chi2[0.7] < 18.5  # the 99.9 % point of chi-square with 4 degrees of freedom
     assert chi2[1.0] > 100  # a sampler that forgets the temperature is found out
 
 
 def test_impossible_tokens_are_never_chosen():
     logp = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).log_softmax(0).expand(3, 5)
-    assert set(choose(logp, 1.0, torch.tensor([0.0, 0.5, 1 - 2**-24])).tolist()) == {1, 3}
+    chosen = choose(logp, 1.0, torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert set(chosen.tolist()) == {1, 3}

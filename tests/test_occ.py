@@ -1,11 +1,11 @@
 """The paper's equations, and which part of the trunk each regime lets the MTP gradient reach."""
 
-from types import SimpleNamespace
+import itertools
+import statistics
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import CFG, minibatch, tiny
+from conftest import CFG, config, minibatch, rows_of, tiny, wider
 
 import mtp
 import occ
@@ -41,17 +41,16 @@ def test_lambda_is_the_least_squares_coefficient():
     lam = occ.logprob_coefficient(delta_rl, delta_mtp, lam_plus=0.5).item()
     assert lam == pytest.approx(expected / 2, rel=1e-5)
     assert occ.logprob_coefficient(-delta_rl, delta_mtp, 0.5).item() == -lam  # it may be negative
-    assert (
-        abs(occ.logprob_coefficient(delta_mtp, delta_rl, 0.5).item() - lam) > 0.01
-    )  # not the other way round
-    small = 1e-6 * delta_rl, 1e-6 * delta_mtp  # gradients at hidden states are small, and their ε smaller
-    assert occ.hidden_coefficient(*small, lam_plus=0.5).item() == pytest.approx(expected / 2, rel=1e-5)
+    other_way_round = occ.logprob_coefficient(delta_mtp, delta_rl, 0.5).item()
+    assert abs(other_way_round - lam) > 0.01
+    # gradients at hidden states are small, and their ε smaller
+    of_small = occ.hidden_coefficient(1e-6 * delta_rl, 1e-6 * delta_mtp, lam_plus=0.5).item()
+    assert of_small == pytest.approx(expected / 2, rel=1e-5)
     for coefficient in (occ.logprob_coefficient, occ.hidden_coefficient):
         assert coefficient(0 * a, 0 * b) == 0  # nothing has changed
 
 
 def test_the_released_code_averages_ratios_of_pairs():
-    """Padding does not count, and pairs do not mix."""
     delta_rl, delta_mtp = torch.randn(4, 5), torch.randn(4, 5)
     mask = torch.arange(5) < torch.tensor([5, 2, 4, 1])[:, None]
     lam = occ.released_coefficient(delta_rl * mask, delta_mtp * mask, mask, lam_plus=0.1)
@@ -63,16 +62,14 @@ def test_the_released_code_averages_ratios_of_pairs():
 
 def test_token_deltas_are_means_over_the_depths_that_score_the_token():
     change, change_mtp = torch.randn(2, 4), torch.randn(2, 3, 4)
-    mask = mtp.aligned_mask(torch.tensor([[False, True, True, True], [True, True, False, False]]), 3)
+    mask = mtp.aligned_mask(torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).bool(), 3)
     before, before_mtp = torch.randn(2, 4), torch.randn(2, 3, 4)
-    args = before + change, before, before_mtp + change_mtp, before_mtp, mask
-    delta_rl, delta_mtp = occ.token_deltas(*args)
-    for b in range(2):
-        for t in range(4):
-            of_depths = change_mtp[b, :, t][mask[b, :, t]]
-            scored = len(of_depths) > 0
-            assert delta_mtp[b, t].item() == pytest.approx(of_depths.mean().item() if scored else 0, abs=1e-6)
-            assert delta_rl[b, t].item() == pytest.approx(change[b, t].item() if scored else 0, abs=1e-6)
+    logp, logp_mtp = before + change, before_mtp + change_mtp
+    delta_rl, delta_mtp = occ.token_deltas(logp, before, logp_mtp, before_mtp, mask)
+    for b, t in itertools.product(range(2), range(4)):
+        of_depths = change_mtp[b, :, t][mask[b, :, t]].tolist()
+        expected = (change[b, t].item(), statistics.mean(of_depths)) if of_depths else (0, 0)
+        assert (delta_rl[b, t].item(), delta_mtp[b, t].item()) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("lam", (-0.5, 0.0, 0.3, 2.0))
@@ -105,19 +102,8 @@ def forward(model, heads, mb, kind, door=1.0, impl="naive"):
     logp, logp_mtp, h = mtp.logprobs(model, heads, mb["tokens"], mb["mask"], 1.0, impl, door)
     loss_rl = rl.policy_loss(logp, mb["old"], mb["adv"], mb["mask"], mb["weight"], ALGO)
     loss_mtp = rl.mtp_loss(kind, logp_mtp, mb, mb["adv"], ALGO)
-    return (loss_rl, loss_mtp), occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"]), h
-
-
-def parts_of(model):
-    parts = {
-        "embedding": [model.wte.weight],
-        "positions": [model.wpe.weight],
-        "blocks": list(model.blocks.parameters()),
-        "norms": [model.norm_in.weight, model.norm_out.weight],
-    }
-    if not model.cfg.tied:
-        parts["unembedding"] = [model.lm_head.weight]
-    return parts
+    deltas = occ.token_deltas(logp, mb["old"], logp_mtp, mb["old_mtp"], mb["mask_mtp"])
+    return (loss_rl, loss_mtp), deltas, h
 
 
 @pytest.mark.parametrize("design", ("sequential", "parallel"))
@@ -134,11 +120,12 @@ def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
     losses, deltas, h = forward(model, heads, mb, row.trunk_loss, door, impl)
     lam.fill_(occ.coefficient(row.rule, CFG, deltas, losses, h, list(model.parameters())))
     assert row.rule == "cut" or abs(lam) > 1e-3
-    loss, (_, opened) = losses[1], forward(model, heads, mb, row.trunk_loss, 1.0, impl)[0]
-    torch.testing.assert_close(occ.flat_grad(loss, phi), occ.flat_grad(opened, phi), rtol=1e-3, atol=1e-6)
-    assert occ.flat_grad(opened, phi).norm() > 0
-    for name, params in parts_of(model).items():
-        got, full = occ.flat_grad(loss, params), occ.flat_grad(opened, params)
+    (_, opened), _, _ = forward(model, heads, mb, row.trunk_loss, 1.0, impl)
+    got, full = occ.flat_grad(losses[1], phi), occ.flat_grad(opened, phi)
+    torch.testing.assert_close(got, full, rtol=1e-3, atol=1e-6)
+    assert full.norm() > 0
+    for name, module in model.named_children():  # in `tied`, the embedding is the unembedding
+        got, full = (occ.flat_grad(x, list(module.parameters())) for x in (losses[1], opened))
         assert full.norm() > 0, name
         if row.rule == "cut":
             assert (got == 0).all(), name
@@ -147,36 +134,45 @@ def test_what_the_mtp_gradient_reaches(regime, tied, impl, design):
 
 
 def by_hand(model, losses, deltas, h):
-    """λ by each rule, from one forward pass."""
+    """λ by each rule that measures, c and the cosine, from one forward pass."""
     g, m = (occ.flat_grad(loss, list(model.parameters())) for loss in losses)
     a, b = (torch.autograd.grad(loss, h, retain_graph=True)[0].flatten() for loss in losses)
-    return {"detach": 0.0, "policy": CFG.lam, "exact": (g @ m / (m @ m)).item(), "hidden": (a @ b / (b @ b)).item(),
-            "occ": ((deltas[0] * deltas[1]).sum() / deltas[1].square().sum()).item(),
-            "c": (g @ m).item(), "cos": (g @ m / (g.norm() * m.norm())).item()}  # fmt: skip
+    delta_rl, delta_mtp = deltas
+    found = {
+        "c": g @ m,
+        "cos": g @ m / (g.norm() * m.norm()),
+        "lam_exact": g @ m / (m @ m),
+        "lam_hidden": a @ b / (b @ b),
+        "lam_logprob": (delta_rl * delta_mtp).sum() / delta_mtp.square().sum(),
+    }
+    return {name: x.item() for name, x in found.items()}
 
 
 @pytest.mark.parametrize("regime", ("detach", "policy", "occ", "exact", "hidden"))
 def test_coefficient_of_each_regime(regime):
     model, heads = tiny()
-    mb, cfg = minibatch(model, heads), SimpleNamespace(**vars(CFG))
+    mb, trunk = minibatch(model, heads), list(model.parameters())
     losses, deltas, h = forward(model, heads, mb, "policy", torch.ones(()))
-    expected = by_hand(model, losses, deltas, h)[regime]
-    if regime == "hidden":
-        regime, cfg.occ_proxy = "occ", "hidden"
-    lam = occ.coefficient(occ.REGIMES[regime].rule, cfg, deltas, losses, h, list(model.parameters()))
-    assert float(lam) == pytest.approx(expected, rel=1e-3) and (expected != 0 or regime == "detach")
+    measured = by_hand(model, losses, deltas, h)
+    expected = {"detach": 0.0, "policy": CFG.lam, "exact": measured["lam_exact"]}
+    expected |= {"occ": measured["lam_logprob"], "hidden": measured["lam_hidden"]}
+    proxy = "hidden" if regime == "hidden" else "logprob"
+    rule = "proxy" if regime == "hidden" else occ.REGIMES[regime].rule
+    lam = float(occ.coefficient(rule, config(occ_proxy=proxy), deltas, losses, h, trunk))
+    assert lam == pytest.approx(expected[regime], rel=1e-3)
+    assert lam != 0 or regime == "detach"
 
 
 def test_the_probe_measures_the_real_gradients():
     model, heads = tiny()
     mb, row = minibatch(model, heads), occ.REGIMES["policy"]
     losses, deltas, h = forward(model, heads, mb, "policy")
-    expected = by_hand(model, losses, deltas, h)
     terms, g, m = rl.probe(model, heads, mb, deltas, row, ALGO, CFG, heads)
-    for name, key in (("c", "c"), ("cos", "cos"), ("lam_exact", "exact"), ("lam_hidden", "hidden"),
-                      ("lam_logprob", "occ"), ("lam_frozen", "occ")):  # fmt: skip
-        assert terms[f"occ/{name}"] == pytest.approx(expected[key], rel=1e-3), name
-    _, other_heads = tiny(seed=1)  # as if the heads had moved since the rollout
+    expected = by_hand(model, losses, deltas, h)
+    expected["lam_frozen"] = expected["lam_logprob"]  # here the heads have not moved
+    for name, value in expected.items():
+        assert terms[f"occ/{name}"] == pytest.approx(value, rel=1e-3), name
+    _, other_heads = tiny(seed=1)  # as if they had
     moved, _, _ = rl.probe(model, heads, mb, deltas, row, ALGO, CFG, other_heads)
     assert moved["occ/v2_frozen"] != pytest.approx(terms["occ/v2_frozen"], rel=1e-2)
     assert moved["occ/c"] == terms["occ/c"] == pytest.approx((g @ m).item(), rel=1e-3)
@@ -187,13 +183,12 @@ def test_lambda_does_not_depend_on_padding_or_order():
     mb = minibatch(model, heads)
 
     def lam(mb):
-        return occ.logprob_coefficient(*forward(model, heads, mb, "policy")[1])
+        _, deltas, _ = forward(model, heads, mb, "policy")
+        return occ.logprob_coefficient(*deltas)
 
     whole = lam(mb)
     assert abs(whole) > 1e-3
-    wider = {k: F.pad(x, (0, 3)) if x.ndim > 1 else x for k, x in mb.items()}
-    shuffled = {k: x[[2, 0, 3, 1]] for k, x in mb.items()}
-    for other in (wider, shuffled):
+    for other in (wider(mb), rows_of(mb, [2, 0, 3, 1])):
         torch.testing.assert_close(lam(other), whole, rtol=1e-3, atol=0)
-    halves = [lam({k: x[rows] for k, x in mb.items()}) for rows in (slice(0, 2), slice(2, 4))]
-    assert abs(sum(halves) / 2 - whole) > 1e-3 * abs(whole)  # a λ for each micro-batch is another number
+    halves = lam(rows_of(mb, [0, 1])), lam(rows_of(mb, [2, 3]))
+    assert abs(sum(halves) / 2 - whole) > 1e-3 * abs(whole)  # a λ a micro-batch is another number

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import chi_square, plain_logp, tiny
 
 import mtp
 from model import generate
@@ -33,11 +33,13 @@ def test_greedy_is_plain_greedy(design, depth):
     """With ragged prompts, ends inside drafts, and the length limit; log-probs are the trunk's."""
     model, heads, prompts, plain = taught(design, depth)
     drafted = speculative_generate(model, heads, prompts, 1, 10, eos=0, temperature=0)
-    assert torch.equal(plain["tokens"], drafted["tokens"]) and torch.equal(plain["mask"], drafted["mask"])
+    assert torch.equal(plain["tokens"], drafted["tokens"])
+    assert torch.equal(plain["mask"], drafted["mask"])
     torch.testing.assert_close(plain["logp"], drafted["logp"], rtol=0, atol=1e-5)
     lengths = plain["mask"].sum(1)
     assert lengths.min() < 5 and lengths.max() == 10  # some end, some run to the limit
-    assert ((drafted["draft"] > 0) & (drafted["tokens"][:, 1:] == 0)).sum() > 5  # some end with a draft
+    drafted_ends = (drafted["draft"] > 0) & (drafted["tokens"][:, 1:] == 0)
+    assert drafted_ends.sum() > 5
 
 
 @pytest.mark.parametrize("design, depth", KINDS)
@@ -58,21 +60,23 @@ def test_drafts_are_what_the_heads_say_of_the_true_tokens(design, depth):
     assert rejected > 20 and (out["draft"] == depth).sum() > 10
 
 
-def chi2_against_the_trunk(design, depth, temperature, n=60_000, V=3, R=3):
-    """χ² of samples against the trunk's probabilities of all V^R responses; how often a first draft came out."""
-    model, heads = tiny(vocab=V, depth=depth, design=design)
-    out = speculative_generate(model, heads, [[1, 2, 1]], n, R, eos=99, temperature=temperature)  # 99: no end
-    responses = torch.cartesian_prod(*[torch.arange(V)] * R)  # in the order of their numbers in base V
-    rows = torch.cat((torch.tensor([[1, 2, 1]]).expand(V**R, 3), responses), 1)
-    logp, _, _ = mtp.logprobs(model, None, rows, (torch.arange(R + 2) >= 2).expand(V**R, -1), temperature)
-    expected = n * logp.sum(1).exp()
-    assert expected.min() > 5  # what the test needs
-    number = (out["tokens"][:, 3:] * V ** torch.arange(R - 1, -1, -1)).sum(1)
-    chi2 = ((torch.bincount(number, minlength=V**R) - expected).square() / expected).sum().item()
+def chi2_against_the_trunk(design, depth, temperature, n=60_000):
+    """χ² of samples against the trunk's probabilities of all 3^3 responses; how often a first draft came out."""
+    model, heads = tiny(vocab=3, depth=depth, design=design)
+    prompt, no_end = torch.tensor([[1, 2, 1]]), 99
+    out = speculative_generate(model, heads, prompt.tolist(), n, 3, no_end, temperature)
+    responses = torch.cartesian_prod(*[torch.arange(3)] * 3)  # ordered as numbers in base 3
+    rows = torch.cat((prompt.expand(27, 3), responses), 1)
+    probs = plain_logp(model, rows, temperature)[:, 2:].sum(1).exp()
+    assert n * probs.min() > 5  # what the test needs
+    chi2 = chi_square(out["tokens"][:, 3:] @ torch.tensor([9, 3, 1]), probs)
     return chi2, mtp.speculation_metrics(out["mask"], out["draft"], depth)["spec/accept_rate_1"]
 
 
-@pytest.mark.parametrize("design, depth, temperature", ((*KINDS[0], 1.0), (*KINDS[1], 1.4), (*KINDS[2], 1.0)))
+KINDS_AND_TEMPERATURES = [("sequential", 1, 1.0), ("sequential", 2, 1.4), ("parallel", 2, 1.0)]
+
+
+@pytest.mark.parametrize("design, depth, temperature", KINDS_AND_TEMPERATURES)
 def test_samples_have_the_trunks_distribution(design, depth, temperature):
     chi2, accepted = chi2_against_the_trunk(design, depth, temperature)
     assert chi2 < 54.1  # the 99.9 % point of chi-square with 3^3 - 1 degrees of freedom
@@ -113,7 +117,7 @@ def test_a_sample_depends_on_its_own_prompt_and_uniform_numbers_only(speculative
     together = sample(prompts, 10, u)
     assert together["mask"].sum(1).max() == 9  # no draft goes over the limit
     logp, _, _ = mtp.logprobs(model, None, together["tokens"], together["mask"], 0.6)
-    torch.testing.assert_close(together["logp"], logp, rtol=0, atol=1e-5)  # the trunk's, at its temperature
+    torch.testing.assert_close(together["logp"], logp, rtol=0, atol=1e-5)
     for row in range(40):
         alone = sample([prompts[row // 10]], 1, u[row : row + 1])
         for name, x in alone.items():
@@ -123,12 +127,11 @@ def test_a_sample_depends_on_its_own_prompt_and_uniform_numbers_only(speculative
 
 def test_metrics_of_three_samples_counted_by_hand():
     """-1 is outside of the response. A round gives drafts 1, 2, .. and, if the row goes on, one more."""
-    rows = [
-        [-1, 0, 1, 2, 0, 0, 1, 0],  # the prompt's token, then rounds of two drafts, of none, and of one
+    drafts = torch.tensor([
+        [-1, 0, 1, 2, 0, 0, 1, 0],  # the prompt's token, then rounds of two drafts, none, and one
         [0, 1, -1, -1, -1, -1, -1, -1],  # the prompt's token; an end in the first draft
         [-1, -1, 0, -1, -1, -1, -1, -1],  # an end at once: no round
-    ]
-    drafts = torch.tensor(rows)
+    ])  # fmt: skip
     metrics = mtp.speculation_metrics(drafts >= 0, drafts.clamp(min=0), 2)
     expected = {"spec/accept_rate_1": 3 / 4, "spec/accept_rate_2": 1 / 4, "spec/accept_len": 7 / 4}
     assert metrics == pytest.approx(expected | {"spec/tokens_per_call": 10 / (4 + 3)})
