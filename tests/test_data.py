@@ -1,4 +1,4 @@
-"""Data sets and the verifier: what files may look like, what is said of a wrong one, fetching, splits, overlaps, answers.
+"""Data sets and the verifier: what files may look like, what is said of wrong ones, fetching, splits, overlaps, answers.
 
 The real sets are tried too where NANOOCC_DATA names a folder that has them.
 """
@@ -6,6 +6,7 @@ The real sets are tried too where NANOOCC_DATA names a folder that has them.
 import json
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ import rl
 import train
 
 REAL = os.environ.get("NANOOCC_DATA")
-real = pytest.mark.skipif(not REAL, reason="skipped: NANOOCC_DATA names no folder with the real sets")
-SIZES = dict(gsm8k_train=7473, gsm8k_test=1319, svamp=1000, math500=500, aime24=30, aime25=30, amc23=40, minerva=272,
-             olympiadbench=675)  # fmt: skip
+SIZES = dict(
+    gsm8k_train=7473, gsm8k_test=1319, svamp=1000, math500=500, aime24=30, aime25=30, amc23=40,
+    minerva=272, olympiadbench=675,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +35,17 @@ def write(path, *records):
     return str(path)
 
 
-def sums(count, start=0):
-    return [{"question": f"What is {i} and {i + 1}, please?", "answer": f"Add.\n#### {2 * i + 1}"}
-            for i in range(start, start + count)]  # fmt: skip
+def sums(count, start=0, working="Add."):
+    records = []
+    for i in range(start, start + count):
+        answer = f"{working}\n#### {2 * i + 1}"
+        records.append({"question": f"What is {i} and {i + 1}, please?", "answer": answer})
+    return records
 
 
 RECORDS = [  # a record, its problem, and its answer
     ({"question": "Two?", "answer": "It is <<1+1=2>>2.\n#### 1,004"}, "Two?", "1,004"),
-    ({"question": "a\u2028b", "answer": "#### 18\nThe answer is: 18"}, "a\u2028b", "18"),  # no end of a line
+    ({"question": "a\u2028b", "answer": "#### 18\nAnswer: 18"}, "a\u2028b", "18"),  # no line's end
     ({"problem": " Half? ", "answer": "\\frac12"}, "Half?", "\\frac12"),
     ({"problem": "p", "question": "q", "answer": 27.0}, "p", "27"),
     ({"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}"}, "p", "\\frac{1}{2}"),
@@ -59,37 +64,30 @@ def test_what_a_record_may_look_like(tmp_path, record, prompt, answer):
     assert rl.read_problems(str(tmp_path / "array.jsonl"))[0][1:] == problem[1:]
 
 
-MALFORMED = [
-    ('{"question": "q"', "not JSON"),
-    ("[" * 100_000, "not JSON (maximum recursion depth"),
-    (
-        '{"question": "q", "answer": "1", "id": ' + "7" * 5000 + "}",
-        "not JSON (Exceeds the limit (4300 digits)",
-    ),
-    ("7", "not a record with a problem and an answer: '7'"),
-    ('{"question": "  ", "answer": "1"}', 'no text in "problem" or "question"'),
-    ('{"question": "q"}', 'no answer in "answer"'),
-    ('{"question": "q", "answer": "think\\n####"}', 'no answer in "answer"'),
-    ('{"question": "q", "answer": [1]}', 'no answer in "answer"'),
+GOOD = '{"question": "q", "answer": "1"}\n \n'  # with a blank line
+MALFORMED = [  # what a file has, and what is said of it
+    (GOOD + '{"question": "q"', ":3: not JSON"),
+    (GOOD + "[" * 100_000, ":3: not JSON (maximum recursion depth"),
+    (GOOD + '{"id": ' + "7" * 5000 + "}", ":3: not JSON (Exceeds the limit (4300 digits)"),
+    (GOOD + "7", ":3: not a record with a problem and an answer: '7'"),
+    (GOOD + '{"question": "  ", "answer": "1"}', ':3: no text in "problem" or "question"'),
+    (GOOD + '{"question": "q"}', ':3: no answer in "answer"'),
+    (GOOD + '{"question": "q", "answer": "think\\n####"}', ':3: no answer in "answer"'),
+    (GOOD + '{"question": "q", "answer": [1]}', ':3: no answer in "answer"'),
+    ("\n", ": no problems"),
+    ("[1, 2", ": not JSON"),
+    ("\xff\xfe", ": cannot be read: "),  # not UTF-8
 ]
 
 
-@pytest.mark.parametrize("line, said", MALFORMED)
-def test_a_malformed_line_is_named_and_blank_ones_are_skipped(tmp_path, line, said):
+@pytest.mark.parametrize("content, said", MALFORMED, ids=[said for _, said in MALFORMED])
+def test_a_malformed_line_is_named_and_blank_ones_are_skipped(tmp_path, content, said):
     path = tmp_path / "some.jsonl"
-    path.write_text('{"question": "q", "answer": "1"}\n\n' + line + "\n \n")
-    with pytest.raises(ValueError, match="some.jsonl:3: ") as error:
-        rl.read_problems(str(path))
-    assert said in str(error.value)
-
-
-@pytest.mark.parametrize("content, said", ((b"\xff\xfe", "cannot be read"), (None, "cannot be read: .*No such file"),
-                                           (b"\n", "no problems"), (b"[1, 2", "not JSON")))  # fmt: skip
-def test_files_that_are_none(tmp_path, content, said):
-    if content:
-        (tmp_path / "some.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=f"some.jsonl: {said}"):
-        rl.suites_of(str(tmp_path / "some.jsonl"))
+    with pytest.raises(ValueError, match="some.jsonl: cannot be read: .*No such file"):
+        rl.suites_of(str(path))
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=re.escape(f"{path}{said}")):
+        rl.suites_of(str(path))
 
 
 def test_what_is_missing_is_fetched_and_half_a_file_is_not_kept(tmp_path, monkeypatch):
@@ -102,13 +100,15 @@ def test_what_is_missing_is_fetched_and_half_a_file_is_not_kept(tmp_path, monkey
     (data / "gsm8k_train.jsonl").unlink()
     home.write_text('{"question": "q", "ans')
     rl.suites_of.cache_clear()
-    with pytest.raises(ValueError, match="not fetched .*:1: not JSON.*; put it there by hand, from file:"):
+    said = "not fetched .*:1: not JSON.*; put it there by hand, from file:"
+    with pytest.raises(ValueError, match=said):
         rl.suites_of("gsm8k", str(data))
     assert os.listdir(data) == []
 
 
 def test_one_problem_in_eight_is_held_out_whatever_the_file(tmp_path):
-    a, b = write(tmp_path / "a.jsonl", *sums(400)), write(tmp_path / "b.jsonl", *sums(400, start=200))
+    a = write(tmp_path / "a.jsonl", *sums(400))
+    b = write(tmp_path / "b.jsonl", *sums(400, start=200))
     out, rest = ({p.prompt for p in rl.side_of_split(a, held_out)} for held_out in (True, False))
     assert len(out) + len(rest) == 400 and 25 < len(out) < 80
     assert not out & {p.prompt for p in rl.side_of_split(b, False)}
@@ -119,16 +119,22 @@ def test_one_problem_in_eight_is_held_out_whatever_the_file(tmp_path):
 
 def test_problems_in_common_are_counted_and_refused(tmp_path):
     trained = write(tmp_path / "trained.jsonl", *sums(10))
-    changed = [{**s, "question": s["question"].upper().replace(", ", "  ")} for s in sums(4, start=7)]
+    changed = sums(4, start=7)
+    for record in changed:
+        record["question"] = record["question"].upper().replace(", ", "  ")
     other = write(tmp_path / "other.jsonl", *changed)
-    with pytest.raises(ValueError, match="3 of its 4 problems are in .*trained.jsonl, which the run was"):
+    said = "3 of its 4 problems are in .*trained.jsonl, which the run was"
+    with pytest.raises(ValueError, match=said):
         rl.check_apart(["add", trained], ["mul", other])
     rl.check_apart([trained], [write(tmp_path / "apart.jsonl", *sums(4, start=10)), "add"])
 
 
-SAME = [("What is 2, please?", "what is  2 please"), ("Find $x$.", "Find x"), ("12 - 3", "12\u22123")]
-DIFFERENT = [("Compute 12-3.", "Compute 1-23."), ("gcd(1, 23)", "gcd(12, 3)"), ("-5", "5"), ("1.25+3", "12.5+3"),
-             ("f(1,25)", "f(12,5)"), ("x y", "xy"), ("a/b", "a b"), ("x^{12}", "x^{1}2"), ("1 000", "10 00")]  # fmt: skip
+SAME = [("What is 2, please?", "what is  2 please"), ("Find $x$.", "Find x"), ("1 - 3", "1\u22123")]
+DIFFERENT = [
+    ("Compute 12-3.", "Compute 1-23."), ("gcd(1, 23)", "gcd(12, 3)"), ("-5", "5"), ("x y", "xy"),
+    ("1.25+3", "12.5+3"), ("f(1,25)", "f(12,5)"), ("a/b", "a b"), ("x^{12}", "x^{1}2"),
+    ("1 000", "10 00"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("a, b", SAME + DIFFERENT)
@@ -144,12 +150,14 @@ def test_a_run_on_a_file_and_its_scores(small, tmp_path):
     assert {"eval/trained", "eval/add"} < set(evaluation.read_metrics(cfg.out)[1][-1])
 
     def score(*flags):
-        return "\n".join(evaluation.score(evaluation.parse(["score", cfg.out, "--k", "2", *flags])))
+        args = evaluation.parse(["score", cfg.out, "--k", "2", *flags])
+        return "\n".join(evaluation.score(args))
 
     own = score("--problems", "2")
     assert "| trained | 2 | " in own and "| add | 2 | " in own and "Competition" not in own
-    text = score("--suite", f"{other},mul", "--problems", "2", "--max_new_tokens", "8")
-    assert "| minerva | 2 | " in text and "| mul | 2 | " in text and "Competition problems are far" in text
+    others = score("--suite", f"{other},mul", "--problems", "2", "--max_new_tokens", "8")
+    assert "| minerva | 2 | " in others and "| mul | 2 | " in others
+    assert "Competition problems are far" in others
     with pytest.raises(ValueError, match="60 of its 60 problems are in"):
         score("--suite", trained)
     long = write(tmp_path / "long.jsonl", {"problem": "word " * 200, "answer": "7"})
@@ -157,14 +165,16 @@ def test_a_run_on_a_file_and_its_scores(small, tmp_path):
 
 
 def test_a_base_is_shared_by_regimes_and_by_nothing_else(small, tmp_path):
-    first, bases = sums(40), []
-    second = [{**record, "answer": f"First, {record['answer']}"} for record in first]
-    for records, changes in ((first, {}), (first, dict(regime="detach", lr=1e-5)), (first, dict(seed=1)),
-                             (first, dict(careless=0.1)), (second, {})):  # fmt: skip
-        cfg = small(task=write(tmp_path / "a.jsonl", *records), max_new_tokens=32, **changes)
+    def bases(working="Add.", **changes):
+        task = write(tmp_path / "a.jsonl", *sums(40, working=working))
+        cfg = small(task=task, max_new_tokens=32, **changes)
         train.pretrained(cfg, torch.device("cpu"))
-        bases.append(len(list((tmp_path / "base").iterdir())))
-    assert bases == [1, 1, 2, 3, 4]
+        return len(list((tmp_path / "base").iterdir()))
+
+    assert bases() == bases(regime="detach", lr=1e-5) == 1
+    assert bases(seed=1) == 2
+    assert bases(careless=0.1) == 3
+    assert bases(working="First, add.") == 4
 
 
 EXTRACTED = [
@@ -203,20 +213,28 @@ def test_numbers_are_equal_however_they_are_written():
     numeric = [row for row in ANSWERS if rl.read_number(rl.tidied(row[0]))]
     wrong = [row for row in numeric if rl.answers_equal(row[0], row[1]) != row[2]]
     assert len(numeric) >= 200 and len(wrong) <= 0.01 * len(numeric), wrong
+    assert rl.read_number("2 -1/3") is None  # a difference
 
 
-def test_other_answers_are_compared_as_text():
-    for gold, candidate in (("Blue  Whale", "blue whale"), ("(3,4)", "$(3,4)$"), ("x+1", "x+1.")):
-        assert rl.answers_equal(gold, candidate)
-        assert not rl.answers_equal(gold, candidate + "0") and not rl.answers_equal(gold, None)
+@pytest.mark.parametrize("gold, same", (
+    ("Blue  Whale", "blue whale"), ("(3,4)", "$(3,4)$"), ("x+1", "x+1."),  # compared as text
+    ("2/3", "-6/-9"), ("1/3", r"-\frac{-1}{3}"), ("-2/3", "2/-3"), ("-1/3", r"\frac{-1}{3}"),
+))  # fmt: skip
+def test_equal_answers_and_their_neighbours(gold, same):
+    """A minus below the line counts."""
+    assert rl.answers_equal(gold, same)
+    for different in (f"-{gold}", f"{same}0", None):
+        assert not rl.answers_equal(gold, different)
 
 
 HOSTILE = [
-    "9**9**9**9", "(" * 10_000, "[" * 10_000 + "]" * 10_000, "1e999999999", "1E-999999999", "10^{999999999}",
-    "9" * 1_000_000, "0." + "0" * 1_000_000 + "1", "9" * 499, "__import__('os').system('false')", "exec('x=1')",
-    "1," * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50, "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400, "\u00bd" * 400,
-    "\u0663", "\\text{" * 80, "1 1/1 " * 80, "a" * 499, "1" + " " * 497 + "/", "\\boxed{" * 10_000, "^{" * 10 + "1" * 400,
-    "\x00" * 499, "\ud800", "*" * 499, "**" * 240, "#" * 100_000, "answer" * 20_000, "Answer:" * 10_000, "1e9999", "$" * 499,
+    "9**9**9**9", "(" * 10_000, "[" * 10_000 + "]" * 10_000, "1e999999999", "1E-999999999",
+    "10^{999999999}", "9" * 1_000_000, "0." + "0" * 1_000_000 + "1", "9" * 499, "exec('x=1')",
+    "__import__('os').system('false')", "1," * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50,
+    "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400, "\u00bd" * 400, "\u0663", "\\text{" * 80,
+    "1 1/1 " * 80, "a" * 499, "1" + " " * 497 + "/", "\\boxed{" * 10_000, "^{" * 10 + "1" * 400,
+    "\x00" * 499, "\ud800", "*" * 499, "**" * 240, "#" * 100_000, "answer" * 20_000,
+    "Answer:" * 10_000, "1e9999", "$" * 499,
 ]  # fmt: skip
 
 
@@ -231,7 +249,7 @@ def test_hostile_text_is_neither_accepted_nor_evaluated(text):
     rl.extract_answer(text)
 
 
-@real
+@pytest.mark.skipif(not REAL, reason="NANOOCC_DATA names no folder with the real sets")
 def test_the_real_sets_judge_themselves_and_share_nothing():
     for name, size in SIZES.items():
         problems = rl.read_problems(f"{REAL}/{name}.jsonl")
