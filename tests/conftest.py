@@ -141,6 +141,18 @@ def small(tmp_path, monkeypatch):
     return functools.partial(small_config, tmp_path)
 
 
+@pytest.fixture
+def trained(small):
+    """The Config of a small run that has come to its end."""
+
+    def run(name="run", **changes):
+        cfg = small(name, **changes)
+        assert train.main(cfg) == 0
+        return cfg
+
+    return run
+
+
 def metrics(cfg, clock=False):
     """The lines of metrics.jsonl behind its header, without what depends on the clock."""
     _, records = evaluation.read_metrics(cfg.out)

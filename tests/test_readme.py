@@ -4,8 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
-from test_train import metrics
+from conftest import ROOT, metrics
 
 import eval as evaluation
 import mtp
@@ -28,11 +27,10 @@ def commands():
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_every_command_parses(command, small, monkeypatch):
+def test_every_command_parses(command, trained, monkeypatch):
     if "train.py" in command:
         if "--resume" in command:
-            cfg, read = small(), evaluation.read_run
-            train.main(cfg)
+            cfg, read = trained(), evaluation.read_run
             monkeypatch.setattr(evaluation, "read_run", lambda folder: read(cfg.out))
         train.command_line(command[command.index("train.py") + 1 :])
     elif "eval.py" in command:
@@ -43,11 +41,9 @@ def test_every_command_parses(command, small, monkeypatch):
         assert command == "python -m pytest -q tests".split() or (ROOT / command[1]).exists()
 
 
-def test_every_logged_key_is_in_the_table_and_the_other_way_round(small):
-    cfg = small(algo="grpo", speculative=True)
-    train.main(cfg)
+def test_every_logged_key_is_in_the_table_and_the_other_way_round(trained):
     logged = set()
-    for record in metrics(cfg, clock=True):
+    for record in metrics(trained(algo="grpo", speculative=True), clock=True):
         for key in record:
             key = re.sub(r"_1$", "_k", key)
             logged.add("eval/<suite>" if key.removeprefix("eval/") in rl.SUITES else key)

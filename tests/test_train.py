@@ -10,18 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLOT, ROOT
+from conftest import PLOT, ROOT, metrics
 
 import eval as evaluation
 import occ
 import rl
 import train
-
-
-def metrics(cfg, clock=False):
-    """The lines behind the header, without what depends on the clock."""
-    _, records = evaluation.read_metrics(cfg.out)
-    return [{k: v for k, v in r.items() if clock or not k.startswith(("time", "perf/"))} for r in records]
 
 
 def weights(cfg, part="model"):
@@ -32,17 +26,32 @@ def base(cfg, part="model"):
     return train.pretrained(cfg, torch.device("cpu"))[part]
 
 
+def moved(before, after):
+    """Names of the parameters in which two states of a module differ."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def start(*argv):
+    return train.main(*train.command_line(list(argv)))
+
+
 def resume(cfg, *flags):
-    return train.main(*train.command_line(["--resume", cfg.out, *flags]))
+    return start("--resume", cfg.out, *flags)
 
 
-def fails(capsys, *argv):
-    """The one line on stderr of a command that must exit with code 2."""
-    with pytest.raises(SystemExit) as exit, evaluation.reporting("train.py"):
-        train.main(*train.command_line(list(argv)))
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith("train.py: error: ") and error.count("\n") == 1, error
-    return error
+@pytest.fixture
+def fails(capsys):
+    """Calls a function that must end the program by one line on stderr, which it returns."""
+
+    def call(function, *args, code=2):
+        with pytest.raises(SystemExit) as exit, evaluation.reporting("train.py"):
+            function(*args)
+        error = capsys.readouterr().err
+        assert exit.value.code == code and error.count("\n") == 1, error
+        assert error.startswith("train.py: error: "), error
+        return error
+
+    return call
 
 
 VARIANTS = {
@@ -76,29 +85,29 @@ def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
     assert any(r.get("occ/lam") for r in records) == (regime not in ("off", "detach"))
 
 
-@pytest.mark.parametrize("changes", ({}, {"tied": True}, {"mtp_design": "parallel", "algo": "grpo"}))
-def test_off_and_detach_move_the_trunk_alike_bit_by_bit(small, changes):
-    runs = {}
-    for regime in ("off", "policy", "detach"):
-        cfg = small(regime, regime=regime, **changes)
-        train.main(cfg)
-        runs[regime] = weights(cfg)
-    start, heads = base(cfg), base(cfg, "heads")
-    assert all(torch.equal(runs["off"][name], runs["detach"][name]) for name in start)
-    assert any(not torch.equal(runs["off"][name], runs["policy"][name]) for name in start)
-    assert any(not torch.equal(runs["off"][name], start[name]) for name in start)  # and the trunk did move
-    detached = weights(cfg, "heads")
-    assert all(not torch.equal(detached[name], p) for name, p in heads.items())  # so did the heads
+SHAPES = {}, {"tied": True}, {"mtp_design": "parallel", "algo": "grpo"}
 
 
-def test_heads_that_learn_by_cross_entropy_while_the_trunk_gets_the_policy_gradient(small, monkeypatch):
+@pytest.mark.parametrize("changes", SHAPES)
+def test_off_and_detach_move_the_trunk_alike_bit_by_bit(trained, changes):
+    off, policy, detach = (
+        trained(regime, regime=regime, **changes) for regime in ("off", "policy", "detach")
+    )
+    assert not moved(weights(off), weights(detach))
+    assert moved(weights(off), weights(policy)) and moved(weights(off), base(off))
+    heads = base(detach, "heads")
+    assert moved(heads, weights(detach, "heads")) == set(heads)
+
+
+def test_heads_that_learn_by_cross_entropy_while_the_trunk_gets_the_policy_gradient(
+    trained, monkeypatch
+):
     """One update from the same weights, λ fixed: the heads move as in detach, the trunk as in policy."""
     monkeypatch.setitem(occ.REGIMES, "both", occ.Regime("ce", "policy", "fixed"))
     trunk, heads = {}, {}
     for name in ("detach", "policy", "both"):
         monkeypatch.setitem(occ.REGIMES, "ce", occ.REGIMES[name])  # a name that flags allow
-        cfg = small(name, regime="ce", lam=0.5, steps=1, updates_per_rollout=1, probe_every=0)
-        train.main(cfg)
+        cfg = trained(name, regime="ce", lam=0.5, steps=1, updates_per_rollout=1, probe_every=0)
         trunk[name], heads[name] = weights(cfg), weights(cfg, "heads")
     torch.testing.assert_close(trunk["both"], trunk["policy"], rtol=0, atol=1e-6)
     torch.testing.assert_close(heads["both"], heads["detach"], rtol=0, atol=1e-6)
@@ -106,42 +115,45 @@ def test_heads_that_learn_by_cross_entropy_while_the_trunk_gets_the_policy_gradi
 
 
 @pytest.mark.parametrize("half", (False, True))
-def test_the_first_lambda_of_a_rollout_is_exactly_zero(small, monkeypatch, capfd, half):
+def test_the_first_lambda_of_a_rollout_is_exactly_zero(trained, monkeypatch, capfd, half):
     """With the main head's old log-prob as base, as in --released, δ_MTP does not start at 0, and λ still does."""
     if half:
-        monkeypatch.setattr(rl.mtp, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    cfg = small(updates_per_rollout=1)
-    train.main(cfg)
+        bfloat16 = torch.autocast("cpu", torch.bfloat16)
+        monkeypatch.setattr(rl.mtp, "autocast", lambda device: bfloat16)
+    cfg = trained(updates_per_rollout=1)
     assert "lambda_t stays 0" in capfd.readouterr().out
     for r in metrics(cfg)[1:]:
-        assert r["occ/lam"] == r["occ/v2_hat"] == 0 and r["actor/ratio_max"] == r["mtp/ratio_max"] == 1
-    cfg = small("released", updates_per_rollout=1, steps=1, released=True, mtp_depth=2)
-    train.main(cfg)
+        assert r["occ/lam"] == r["occ/v2_hat"] == 0
+        assert r["actor/ratio_max"] == r["mtp/ratio_max"] == 1
+    cfg = trained("released", updates_per_rollout=1, steps=1, released=True, mtp_depth=2)
     record = metrics(cfg)[1]
     assert record["occ/lam"] == 0 and record["occ/v2_hat"] > 0 and record["mtp/ratio_max"] > 1
 
 
-@pytest.mark.parametrize("name, changes", [("lam_exact", dict(regime="exact", algo="drgrpo")), ("lam_logprob", {}),
-                                           ("lam_hidden", dict(occ_proxy="hidden", algo="grpo"))])  # fmt: skip
-def test_the_probe_tells_the_lambda_that_the_update_uses(small, name, changes):
-    cfg = small(**changes)
-    train.main(cfg)
-    probes = [r for r in metrics(cfg) if "occ/c" in r]
+PROBED = {  # what tells λ, and of which run
+    "lam_exact": dict(regime="exact", algo="drgrpo"),
+    "lam_logprob": {},
+    "lam_hidden": dict(occ_proxy="hidden", algo="grpo"),
+}
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_the_probe_tells_the_lambda_that_the_update_uses(trained, name):
+    probes = [r for r in metrics(trained(**PROBED[name])) if "occ/c" in r]
     assert len(probes) == 2
     for r in probes:
         assert r["occ/lam"] == pytest.approx(r[f"occ/{name}"], rel=1e-3) and r["occ/lam"] != 0
-        assert r["occ/v2_frozen"] != pytest.approx(r["occ/v2_hat"], rel=1e-3)  # the heads have moved
+        # the heads have moved
+        assert r["occ/v2_frozen"] != pytest.approx(r["occ/v2_hat"], rel=1e-3)
 
 
-def test_released_puts_lambda_inside_the_clip(small, monkeypatch):
+def test_released_puts_lambda_inside_the_clip(trained, monkeypatch):
     """With λ = 0 neither the trunk nor the heads learn anything by the heads' loss: λ times their advantages."""
-    monkeypatch.setattr(occ, "released_coefficient", lambda a, b, mask, lam_plus: torch.zeros(len(mask)))
-    off, released = small("off", regime="off"), small("released", released=True)
-    train.main(off)
-    train.main(released)
+    zero = lambda delta_rl, delta_mtp, mask, lam_plus: torch.zeros(len(mask))
+    monkeypatch.setattr(occ, "released_coefficient", zero)
+    off, released = trained("off", regime="off"), trained("released", released=True)
     torch.testing.assert_close(weights(released), weights(off), rtol=0, atol=1e-6)
-    start = base(released, "heads")
-    assert all(torch.equal(p, start[name]) for name, p in weights(released, "heads").items())
+    assert not moved(base(released, "heads"), weights(released, "heads"))
 
 
 def test_pretraining_scores_a_solution_and_its_end_and_nothing_else(small):
@@ -149,7 +161,8 @@ def test_pretraining_scores_a_solution_and_its_end_and_nothing_else(small):
     for tokens, mask in zip(*train.pretraining_batch(cfg, 0)):
         scored = cfg.tok().decode(tokens[1:][mask].tolist())
         before = cfg.tok().decode(tokens[: 1 + mask.nonzero().min()].tolist())
-        assert re.fullmatch(r"####\d+<\|endoftext\|>", scored) and re.fullmatch(r"\d+[+-]\d+=", before)
+        assert re.fullmatch(r"####\d+<\|endoftext\|>", scored)
+        assert re.fullmatch(r"\d+[+-]\d+=", before)
 
 
 def test_muon_makes_updates_whose_singular_values_are_near_one():
@@ -160,19 +173,15 @@ def test_muon_makes_updates_whose_singular_values_are_near_one():
     assert before.max() > 20 * before.min() and after.min() > 0.5 and after.max() < 1.5
 
 
-def test_the_kl_is_to_the_frozen_base(small):
-    cfg = small(algo="grpo", updates_per_rollout=1)
-    train.main(cfg)
-    kl = [r["actor/kl"] for r in metrics(cfg)[1:]]
+def test_the_kl_is_to_the_frozen_base(trained):
+    kl = [r["actor/kl"] for r in metrics(trained(algo="grpo", updates_per_rollout=1))[1:]]
     assert abs(kl[0]) < 1e-6 < kl[1] < kl[3]
 
 
-def test_a_rollout_where_all_are_wrong_changes_nothing(small, monkeypatch):
+def test_a_rollout_where_all_are_wrong_changes_nothing(trained, monkeypatch):
     monkeypatch.setattr(rl, "is_right", lambda problem, text: False)
-    cfg = small()
-    train.main(cfg)
-    start = base(cfg)
-    assert all(torch.equal(p, start[name]) for name, p in weights(cfg).items())
+    cfg = trained()
+    assert not moved(base(cfg), weights(cfg))
     assert all(r["reward/frac_zero_std"] == 1 for r in metrics(cfg)[1:])
 
 
@@ -193,20 +202,22 @@ def out_of_memory():
     raise MemoryError
 
 
-CRASHES = [  # in the second step of pretraining, before the first checkpoint, in steps 3 and 4, and while saving step 2
+CRASHES = [
     ({}, train, "pretraining_batch", 2),
-    ({}, rl, "evaluate", 1),
+    ({}, rl, "evaluate", 1),  # before the first checkpoint
     ({"algo": "grpo"}, rl, "rollout", 4),
     ({"regime": "off"}, rl, "rollout", 3),
     ({"speculative": True}, rl, "rollout", 4),
-    ({"regime": "exact"}, train.os, "replace", 3),
+    ({"regime": "exact"}, train.os, "replace", 3),  # while saving step 2
 ]
 
 
 @pytest.mark.parametrize("changes, module, name, number", CRASHES)
-def test_resumed_equals_unbroken(small, tmp_path, monkeypatch, changes, module, name, number):
-    whole, broken = small("whole", **changes), small("broken", cache_dir=str(tmp_path / "other"), **changes)
-    train.main(whole)
+def test_resumed_equals_unbroken(
+    small, trained, tmp_path, monkeypatch, changes, module, name, number
+):
+    whole = trained("whole", **changes)
+    broken = small("broken", cache_dir=str(tmp_path / "other"), **changes)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         before_call(patch, module, name, number, out_of_memory)
         train.main(broken)
@@ -215,55 +226,58 @@ def test_resumed_equals_unbroken(small, tmp_path, monkeypatch, changes, module, 
         f.write('{"step": 4, "torn')
     assert resume(broken) == 0
     assert metrics(broken) == metrics(whole)
-    samples = [(Path(cfg.out) / "samples.txt").read_text(encoding="utf-8") for cfg in (broken, whole)]
-    assert samples[0] == samples[1]
-    assert all(torch.equal(a, b) for a, b in zip(weights(broken).values(), weights(whole).values()))
+    samples, expected = (Path(cfg.out) / "samples.txt" for cfg in (broken, whole))
+    assert samples.read_bytes() == expected.read_bytes()
+    assert not moved(weights(broken), weights(whole))
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(small, monkeypatch, capsys):
-    longer, broken = small("longer", save_every=100, steps=6), small("broken", save_every=100)
-    train.main(longer)
+def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(
+    small, trained, monkeypatch, capsys, fails
+):
+    longer, broken = trained("longer", save_every=100, steps=6), small("broken", save_every=100)
     with monkeypatch.context() as patch:
         before_call(patch, rl, "rollout", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert train.main(broken) == 130
     said = f"stopped after step 3; go on with: python train.py --resume {broken.out}"
     assert said in capsys.readouterr().out
-    assert "--steps 2: must be 3 or more" in fails(capsys, "--resume", broken.out, "--steps", "2")
+    assert "--steps 2: must be 3 or more" in fails(resume, broken, "--steps", "2")
     assert resume(broken, "--steps", "6") == 0
     assert metrics(broken) == metrics(longer)
 
 
-def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small, monkeypatch, capsys):
+def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    small, monkeypatch, fails
+):
     """The loss is finite; its gradient is not."""
-    cfg, policy_loss, calls = small(save_every=1, regime="off", updates_per_rollout=1), rl.policy_loss, []
+    cfg = small(save_every=1, regime="off", updates_per_rollout=1)
+    policy_loss, calls = rl.policy_loss, []
 
     def broken(logp, *args):
         calls.append(1)
-        spoiled = (0 * logp).square().sum().sqrt() if len(calls) == 3 else 0.0  # 0, with the gradient 0/0
-        return policy_loss(logp, *args) + spoiled
+        loss = policy_loss(logp, *args)
+        if len(calls) == 3:
+            loss = loss + (0 * logp).square().sum().sqrt()  # 0, with the gradient 0/0
+        return loss
 
     monkeypatch.setattr(rl, "policy_loss", broken)
-    with pytest.raises(SystemExit) as exit, evaluation.reporting("train.py"):
-        train.main(cfg)
-    error = capsys.readouterr().err
-    assert exit.value.code == 1 and error.count("\n") == 1
-    assert "step 3: grad_norm/trunk is not finite; the last good checkpoint is that of step 2; go on" in error
+    error = fails(train.main, cfg, code=1)
+    assert "step 3: grad_norm/trunk is not finite; the last good checkpoint is that of" in error
+    assert f"step 2; go on with: python train.py --resume {cfg.out}" in error
     assert all(torch.isfinite(p).all() for p in weights(cfg).values())
 
 
-def test_two_runs_in_one_folder(small, capsys):
-    cfg = small()
-    train.main(cfg)
+def test_two_runs_in_one_folder(trained, fails):
+    cfg = trained()
     before = {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
     first = train.Run(cfg, resume=True)
-    assert f"{cfg.out}: another run is writing there" in fails(capsys, "--resume", cfg.out, "--steps", "6")
+    assert f"{cfg.out}: another run is writing there" in fails(resume, cfg, "--steps", "6")
     first.metrics.close()
-    assert f"go on with --resume {cfg.out}" in fails(capsys, "--out", cfg.out)
+    assert f"go on with --resume {cfg.out}" in fails(start, "--out", cfg.out)
     assert before == {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
 
 
 WRONG = [  # flags, and what must be said of them
-    ("--regime mtp", "--regime mtp: must be one of off, detach, ce, policy, occ, exact, occ-ce, exact-ce"),
+    ("--regime mtp", f"--regime mtp: must be one of {', '.join(occ.REGIMES)}"),
     ("--task add,gsm", "--task: unknown suite 'gsm'; allowed: arithmetic, or some of add,sub"),
     ("--task aime24", "--task aime24: a set to score on: python eval.py score RUN --suite aime24"),
     ("--temperature 0", "--temperature 0.0: must be above 0"),
@@ -280,40 +294,43 @@ WRONG = [  # flags, and what must be said of them
 
 
 @pytest.mark.parametrize("flags, said", WRONG)
-def test_wrong_flags_are_named(capsys, flags, said):
-    assert said in fails(capsys, *flags.split())
+def test_wrong_flags_are_named(fails, flags, said):
+    assert said in fails(start, *flags.split())
 
 
-def test_damaged_runs_are_refused_in_one_line(small, tmp_path, capsys):
-    cfg = small()
-    train.main(cfg)
+def test_damaged_runs_are_refused_in_one_line(trained, tmp_path, fails):
+    cfg = trained()
     log, ckpt = Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "ckpt.pt"
     good, state = ckpt.read_bytes(), torch.load(ckpt, weights_only=True)
     text = log.read_text(encoding="utf-8")
-    assert "--lr: with --resume a run keeps" in fails(capsys, "--resume", cfg.out, "--lr", "1")
-    assert "not a run: it has no metrics.jsonl" in fails(capsys, "--resume", str(tmp_path / "nowhere"))
+    assert "--lr: with --resume a run keeps" in fails(resume, cfg, "--lr", "1")
+    nowhere = fails(start, "--resume", str(tmp_path / "nowhere"))
+    assert "not a run: it has no metrics.jsonl" in nowhere
     ckpt.write_bytes(good[: len(good) // 2])
-    assert "ckpt.pt: not a readable checkpoint" in fails(capsys, "--resume", cfg.out)
-    for wrong, said in ((dict(step=os.system), "not a readable checkpoint"),  # a pickle that names a function
-                        (dict(model={"wte.weight": torch.zeros(2, 2)}), "do not fit the sizes")):  # fmt: skip
-        torch.save(state | wrong, ckpt)
-        assert said in fails(capsys, "--resume", cfg.out)
+    assert "ckpt.pt: not a readable checkpoint" in fails(resume, cfg)
+    torch.save(state | {"step": os.system}, ckpt)  # a pickle that names a function
+    assert "not a readable checkpoint" in fails(resume, cfg)
+    torch.save(state | {"model": {"wte.weight": torch.zeros(2, 2)}}, ckpt)
+    assert "do not fit the sizes" in fails(resume, cfg)
     ckpt.unlink()
-    assert "ckpt.pt: missing, though metrics.jsonl has 4 steps" in fails(capsys, "--resume", cfg.out)
+    assert "ckpt.pt: missing, though metrics.jsonl has 4 steps" in fails(resume, cfg)
     assert log.read_text(encoding="utf-8") == text  # refused before anything was cut
     ckpt.write_bytes(good)
-    for header, said in (("[]\n", "not the header of a run"), ("{torn\n", "not JSON"),
-                         (text.replace('"nanoocc": ', '"nanoocc": 9'), "a run of version 9"),
-                         (text.replace('"lam": 1.0, ', ""), "settings that differ: lam")):  # fmt: skip
-        log.write_text(header, encoding="utf-8")
-        assert said in fails(capsys, "--resume", cfg.out)
+    for damaged, said in (
+        ("[]\n", "not the header of a run"),
+        ("{torn\n", "not JSON"),
+        (text.replace('"nanoocc": ', '"nanoocc": 9'), "a run of version 9"),
+        (text.replace('"lam": 1.0, ', ""), "settings that differ: lam"),
+    ):
+        log.write_text(damaged, encoding="utf-8")
+        assert said in fails(resume, cfg)
 
 
 def test_every_flag_is_explained_and_fits_any_terminal():
     """--help into a pipe whose encoding lacks λ and θ; in a locale that is not UTF-8."""
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "COLUMNS": "200"}
+    terminal = dict(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C", COLUMNS="200")
     command = [sys.executable, str(ROOT / "train.py"), "--help"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | terminal, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in train.Config.__dataclass_fields__:
         assert f"--{name}" in done.stdout
