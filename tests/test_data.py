@@ -1,4 +1,4 @@
-"""Data sets and the verifier: what files may look like, what is said of wrong ones, fetching, splits, overlaps, answers.
+"""Data sets and the verifier: what files may look like, what is said of wrong ones, fetching, splits, answers.
 
 The real sets are tried too where NANOOCC_DATA names a folder that has them.
 """
@@ -43,7 +43,7 @@ def sums(count, start=0, working="Add."):
     return records
 
 
-RECORDS = [  # a record, its problem, and its answer
+@pytest.mark.parametrize("record, prompt, answer", [  # a record, its problem, and its answer
     ({"question": "Two?", "answer": "It is <<1+1=2>>2.\n#### 1,004"}, "Two?", "1,004"),
     ({"question": "a\u2028b", "answer": "#### 18\nAnswer: 18"}, "a\u2028b", "18"),  # no line's end
     ({"problem": " Half? ", "answer": "\\frac12"}, "Half?", "\\frac12"),
@@ -52,10 +52,7 @@ RECORDS = [  # a record, its problem, and its answer
     ({"problem": "p", "answer": "3", "solution": "so \\boxed{4}"}, "p", "3"),
     ({"question": "q", "final_answer": ["$2$"], "solution": ["long"]}, "q", "$2$"),
     ({"Body": "I have 3", "Question": "How many?", "Answer": 3.0}, "I have 3. How many?", "3"),
-]
-
-
-@pytest.mark.parametrize("record, prompt, answer", RECORDS)
+])  # fmt: skip
 def test_what_a_record_may_look_like(tmp_path, record, prompt, answer):
     path = write(tmp_path / "some.jsonl", record)
     (problem,) = rl.read_problems(path)
@@ -177,7 +174,7 @@ def test_a_base_is_shared_by_regimes_and_by_nothing_else(small, tmp_path):
     assert bases(working="First, add.") == 4
 
 
-EXTRACTED = [
+@pytest.mark.parametrize("text, answer", [
     ("3+4 = 7\n#### 7", "7"),
     ("#### 1\n#### 2 \nthanks", "2"),  # the last one
     ("12#####3", "3"),
@@ -190,10 +187,7 @@ EXTRACTED = [
     ("***Answer***: **$42$**.", "$42$"),
     ("the answer is 7", None),  # never the whole text
     ("####", None),
-]
-
-
-@pytest.mark.parametrize("text, answer", EXTRACTED)
+])  # fmt: skip
 def test_extract_answer(text, answer):
     assert rl.extract_answer(text) == answer
 
@@ -227,7 +221,7 @@ def test_equal_answers_and_their_neighbours(gold, same):
         assert not rl.answers_equal(gold, different)
 
 
-HOSTILE = [
+@pytest.mark.parametrize("text", [
     "9**9**9**9", "(" * 10_000, "[" * 10_000 + "]" * 10_000, "1e999999999", "1E-999999999",
     "10^{999999999}", "9" * 1_000_000, "0." + "0" * 1_000_000 + "1", "9" * 499, "exec('x=1')",
     "__import__('os').system('false')", "1," * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50,
@@ -235,10 +229,7 @@ HOSTILE = [
     "1 1/1 " * 80, "a" * 499, "1" + " " * 497 + "/", "\\boxed{" * 10_000, "^{" * 10 + "1" * 400,
     "\x00" * 499, "\ud800", "*" * 499, "**" * 240, "#" * 100_000, "answer" * 20_000,
     "Answer:" * 10_000, "1e9999", "$" * 499,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: f"{text[:12]!r} {len(text)}")
+], ids=lambda text: f"{text[:12]!r} {len(text)}")  # fmt: skip
 def test_hostile_text_is_neither_accepted_nor_evaluated(text):
     """A regular expression that backtracks without end, or a number that is written out, would never return."""
     for gold in ("7", "\\frac{1}{2}", "(3,4]", "x"):

@@ -73,10 +73,9 @@ def chi2_against_the_trunk(design, depth, temperature, n=60_000):
     return chi2, mtp.speculation_metrics(out["mask"], out["draft"], depth)["spec/accept_rate_1"]
 
 
-KINDS_AND_TEMPERATURES = [("sequential", 1, 1.0), ("sequential", 2, 1.4), ("parallel", 2, 1.0)]
-
-
-@pytest.mark.parametrize("design, depth, temperature", KINDS_AND_TEMPERATURES)
+@pytest.mark.parametrize("design, depth, temperature", [
+    ("sequential", 1, 1.0), ("sequential", 2, 1.4), ("parallel", 2, 1.0),
+])  # fmt: skip
 def test_samples_have_the_trunks_distribution(design, depth, temperature):
     chi2, accepted = chi2_against_the_trunk(design, depth, temperature)
     assert chi2 < 54.1  # the 99.9 % point of chi-square with 3^3 - 1 degrees of freedom

@@ -1,6 +1,7 @@
 """Runs: what they log, that regimes are isolated, that runs repeat, resume, survive and refuse."""
 
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -85,10 +86,7 @@ def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
     assert any(r.get("occ/lam") for r in records) == (regime not in ("off", "detach"))
 
 
-SHAPES = {}, {"tied": True}, {"mtp_design": "parallel", "algo": "grpo"}
-
-
-@pytest.mark.parametrize("changes", SHAPES)
+@pytest.mark.parametrize("changes", ({}, dict(tied=True), dict(mtp_design="parallel", algo="grpo")))
 def test_off_and_detach_move_the_trunk_alike_bit_by_bit(trained, changes):
     off, policy, detach = (
         trained(regime, regime=regime, **changes) for regime in ("off", "policy", "detach")
@@ -130,16 +128,13 @@ def test_the_first_lambda_of_a_rollout_is_exactly_zero(trained, monkeypatch, cap
     assert record["occ/lam"] == 0 and record["occ/v2_hat"] > 0 and record["mtp/ratio_max"] > 1
 
 
-PROBED = {  # what tells λ, and of which run
-    "lam_exact": dict(regime="exact", algo="drgrpo"),
-    "lam_logprob": {},
-    "lam_hidden": dict(occ_proxy="hidden", algo="grpo"),
-}
-
-
-@pytest.mark.parametrize("name", PROBED)
-def test_the_probe_tells_the_lambda_that_the_update_uses(trained, name):
-    probes = [r for r in metrics(trained(**PROBED[name])) if "occ/c" in r]
+@pytest.mark.parametrize("name, changes", [
+    ("lam_exact", dict(regime="exact", algo="drgrpo")),
+    ("lam_logprob", {}),
+    ("lam_hidden", dict(occ_proxy="hidden", algo="grpo")),
+])  # fmt: skip
+def test_the_probe_tells_the_lambda_that_the_update_uses(trained, name, changes):
+    probes = [r for r in metrics(trained(**changes)) if "occ/c" in r]
     assert len(probes) == 2
     for r in probes:
         assert r["occ/lam"] == pytest.approx(r[f"occ/{name}"], rel=1e-3) and r["occ/lam"] != 0
@@ -187,11 +182,10 @@ def test_a_rollout_where_all_are_wrong_changes_nothing(trained, monkeypatch):
 
 def before_call(monkeypatch, module, name, number, action):
     """Something happens right before the n-th call of a function."""
-    function, calls = getattr(module, name), []
+    function, calls = getattr(module, name), itertools.count(1)
 
     def patched(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
+        if next(calls) == number:
             action()
         return function(*args, **kwargs)
 
@@ -202,22 +196,18 @@ def out_of_memory():
     raise MemoryError
 
 
-CRASHES = [
+@pytest.mark.parametrize("changes, module, name, number", [
     ({}, train, "pretraining_batch", 2),
     ({}, rl, "evaluate", 1),  # before the first checkpoint
     ({"algo": "grpo"}, rl, "rollout", 4),
     ({"regime": "off"}, rl, "rollout", 3),
     ({"speculative": True}, rl, "rollout", 4),
     ({"regime": "exact"}, train.os, "replace", 3),  # while saving step 2
-]
-
-
-@pytest.mark.parametrize("changes, module, name, number", CRASHES)
-def test_resumed_equals_unbroken(
-    small, trained, tmp_path, monkeypatch, changes, module, name, number
-):
+])  # fmt: skip
+def test_resumed_equals_unbroken(small, trained, monkeypatch, changes, module, name, number):
     whole = trained("whole", **changes)
-    broken = small("broken", cache_dir=str(tmp_path / "other"), **changes)
+    broken = small("broken", **changes)
+    broken.cache_dir = f"{broken.out}/base"  # pretrained again
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         before_call(patch, module, name, number, out_of_memory)
         train.main(broken)
@@ -250,14 +240,11 @@ def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ):
     """The loss is finite; its gradient is not."""
     cfg = small(save_every=1, regime="off", updates_per_rollout=1)
-    policy_loss, calls = rl.policy_loss, []
+    policy_loss, calls = rl.policy_loss, itertools.count(1)
 
     def broken(logp, *args):
-        calls.append(1)
-        loss = policy_loss(logp, *args)
-        if len(calls) == 3:
-            loss = loss + (0 * logp).square().sum().sqrt()  # 0, with the gradient 0/0
-        return loss
+        nothing = (0 * logp).square().sum().sqrt()  # its gradient is 0/0
+        return policy_loss(logp, *args) + (nothing if next(calls) == 3 else 0.0)
 
     monkeypatch.setattr(rl, "policy_loss", broken)
     error = fails(train.main, cfg, code=1)
@@ -276,7 +263,7 @@ def test_two_runs_in_one_folder(trained, fails):
     assert before == {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
 
 
-WRONG = [  # flags, and what must be said of them
+@pytest.mark.parametrize("flags, said", [  # flags, and what must be said of them
     ("--regime mtp", f"--regime mtp: must be one of {', '.join(occ.REGIMES)}"),
     ("--task add,gsm", "--task: unknown suite 'gsm'; allowed: arithmetic, or some of add,sub"),
     ("--task aime24", "--task aime24: a set to score on: python eval.py score RUN --suite aime24"),
@@ -290,10 +277,7 @@ WRONG = [  # flags, and what must be said of them
     ("--released --regime exact", "--released True: must be left out"),
     ("--released --lam_plus 0.5", "--lam_plus 0.5: must be left out with --released"),
     ("--released --occ_proxy hidden", "--occ_proxy hidden: must be left out with --released"),
-]
-
-
-@pytest.mark.parametrize("flags, said", WRONG)
+])  # fmt: skip
 def test_wrong_flags_are_named(fails, flags, said):
     assert said in fails(start, *flags.split())
 
