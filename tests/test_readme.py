@@ -64,9 +64,15 @@ def test_paper_code_and_test_names_exist():
     assert len(named) >= 8 and all(f"def {name}(" in tests for name in named)
 
 
-def test_nothing_imports_upwards():
+def test_nothing_imports_upwards_and_sources_do_not_depend_on_the_machine():
+    """Files opened without an encoding take the machine's, and torch reads OMP_WAIT_POLICY when it is imported."""
     order = ["model", "occ", "mtp", "rl", "eval", "train"]
     for i, name in enumerate(order):
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) & set(order)
         assert imported <= set(order[:i]), name
+        for line in source.splitlines():
+            if re.search(r" open\(|\.read_text\(|\.write_text\(", line):
+                assert "encoding=" in line, f"{name}.py: {line}"
+        if name in ("eval", "train"):
+            assert source.index('"OMP_WAIT_POLICY", "PASSIVE"') < source.index("\nimport torch")

@@ -193,39 +193,34 @@ def test_overlong_penalty():
     torch.testing.assert_close(penalty, torch.tensor([0.0, 0.0, 0.0, -0.5, -1.0]))
 
 
-def scripted(monkeypatch, rewards):
-    """rl.rollout on numbered problems, with a sampler whose rewards follow the script."""
-    rewards = iter(rewards)
+@pytest.mark.parametrize("script, kept, rewards, mean", [  # two samples a problem, three problems
+    ([[1, 1], [1, 0], [0, 0], [0, 1], [0, 0], [1, 0]], [1, 3, 5], [0.8, -0.3, 0, 0.9, 1, -0.1], 2.8 / 12),
+    ([[1, 1], [1, 0], [0, 1], *[[0, 0]] * 9], [1, 2], [0.8, -0.3, -0.4, 0.5], 2.2 / 12),  # 4 rounds
+])  # fmt: skip
+def test_dynamic_sampling_replaces_groups_without_gradient(
+    monkeypatch, script, kept, rewards, mean
+):
+    """The overlong penalty, here by the number of the sample, is in the reward and does not give a group one."""
+    rewards_of_problems = iter(script)
 
     def sample(model, tok, problems, G, R, temperature, generator, heads):
         tokens = torch.tensor([[int(p.answer), 9, 9] for p in problems]).repeat_interleave(G, 0)
         mask = torch.ones(len(tokens), 2, dtype=torch.bool)
-        reward = torch.tensor([next(rewards) for _ in problems]).flatten()
+        reward = torch.tensor([next(rewards_of_problems) for _ in problems]).flatten().float()
         samples = {"tokens": tokens, "mask": mask, "logp": mask * -0.5, "reward": reward}
         return samples, ["text"] * len(tokens)
 
     monkeypatch.setattr(rl, "sample", sample)
+    monkeypatch.setattr(rl, "overlong_penalty", lambda lengths, R: -torch.arange(len(lengths)) / 10)
     problems = (rl.Problem("", "p", str(i)) for i in range(100))
     algo, cfg = rl.ALGOS["dapo"], config(max_new_tokens=10)
-    return rl.rollout(None, None, None, problems, algo, cfg, None)
-
-
-def test_dynamic_sampling_replaces_groups_without_gradient(monkeypatch):
-    script = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]
-    kept, record, _ = scripted(monkeypatch, script)
-    assert kept["tokens"][::2, 0].tolist() == [1, 3, 5]  # 0, 2 and 4 were all right or all wrong
-    assert kept["reward"].tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
-    assert record["reward/frac_zero_std"] == 0.5 and record["reward/mean"] == pytest.approx(5 / 12)
+    samples, record, _ = rl.rollout(None, None, None, problems, algo, cfg, None)
+    assert samples["tokens"][::2, 0].tolist() == kept
+    assert samples["reward"].tolist() == pytest.approx(rewards)
+    assert record["reward/mean"] == pytest.approx(mean)
+    assert record["reward/frac_zero_std"] == pytest.approx(1 - len(kept) / 6)
     assert record["actor/entropy"] == pytest.approx(0.5) and record["response_length/mean"] == 2
     assert record["response_length/clip_ratio"] == 0
-
-
-def test_the_overlong_penalty_is_in_the_reward_but_does_not_make_a_group_informative(monkeypatch):
-    monkeypatch.setattr(rl, "overlong_penalty", lambda lengths, R: -torch.arange(len(lengths)) / 10)
-    script = [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]] + [[0.0, 0.0]] * 9
-    kept, record, _ = scripted(monkeypatch, script)
-    assert kept["tokens"][::2, 0].tolist() == [1, 2] and record["reward/mean"] < 4 / 12
-    torch.testing.assert_close(kept["reward"], torch.tensor([0.8, -0.3, -0.4, 0.5]))
 
 
 def test_a_sample_is_scored_by_its_text(monkeypatch):
