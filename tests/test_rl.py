@@ -194,19 +194,17 @@ def test_overlong_penalty():
 
 
 @pytest.mark.parametrize("script, kept, rewards, mean", [  # two samples a problem, three problems
-    ([[1, 1], [1, 0], [0, 0], [0, 1], [0, 0], [1, 0]], [1, 3, 5], [0.8, -0.3, 0, 0.9, 1, -0.1], 2.8 / 12),
-    ([[1, 1], [1, 0], [0, 1], *[[0, 0]] * 9], [1, 2], [0.8, -0.3, -0.4, 0.5], 2.2 / 12),  # 4 rounds
+    ("11 10 00 01 00 10", [1, 3, 5], [0.8, -0.3, 0.0, 0.9, 1.0, -0.1], 2.8 / 12),
+    ("11 10 01 00 00 00 00", [1, 2], [0.8, -0.3, -0.4, 0.5], 2.2 / 12),  # 4 rounds at the most
 ])  # fmt: skip
-def test_dynamic_sampling_replaces_groups_without_gradient(
-    monkeypatch, script, kept, rewards, mean
-):
-    """The overlong penalty, here by the number of the sample, is in the reward and does not give a group one."""
-    rewards_of_problems = iter(script)
+def test_dynamic_sampling_replaces_equal_groups(monkeypatch, script, kept, rewards, mean):
+    """Equal by correctness: the overlong penalty, here -0.1 times the sample's number, comes after that."""
+    scripted = iter(script.split())
 
     def sample(model, tok, problems, G, R, temperature, generator, heads):
         tokens = torch.tensor([[int(p.answer), 9, 9] for p in problems]).repeat_interleave(G, 0)
         mask = torch.ones(len(tokens), 2, dtype=torch.bool)
-        reward = torch.tensor([next(rewards_of_problems) for _ in problems]).flatten().float()
+        reward = torch.tensor([list(map(float, next(scripted))) for _ in problems]).flatten()
         samples = {"tokens": tokens, "mask": mask, "logp": mask * -0.5, "reward": reward}
         return samples, ["text"] * len(tokens)
 

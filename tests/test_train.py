@@ -65,15 +65,15 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("regime", occ.REGIMES)
-def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
+def test_a_run_of_each_regime(trained, regime, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "plot", PLOT)
-    cfg = small(regime=regime, mtp_depth=2, keep="0,4", **VARIANTS.get(regime, {}))
-    assert train.main(cfg) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("pretraining: ") and lines[1].startswith("reinforcement learning: ")
-    assert lines[2].startswith("step 2: reward ") and lines[3].startswith("step 4: reward ")
-    assert lines[4].startswith("score ") and lines[4].endswith(f"the run is in {cfg.out}")
-    assert len(lines) == 5  # not a terminal: a line an evaluation
+    cfg = trained(regime=regime, mtp_depth=2, keep="0,4", **VARIANTS.get(regime, {}))
+    lines = capsys.readouterr().out.splitlines()  # not a terminal: a line an evaluation
+    steps = ["step 2: reward ", "step 4: reward "]
+    starts = ["pretraining: ", "reinforcement learning: ", *steps, "score "]
+    for line, expected in zip(lines, starts, strict=True):
+        assert line.startswith(expected)
+    assert lines[-1].endswith(f"the run is in {cfg.out}")
     files = {"metrics.jsonl", "ckpt.pt", "ckpt-0.pt", "ckpt-4.pt", "samples.txt", "curves.png"}
     assert {p.name for p in Path(cfg.out).iterdir()} == files
     header, records = evaluation.read_metrics(cfg.out)
@@ -88,16 +88,15 @@ def test_a_run_of_each_regime(small, regime, capsys, monkeypatch):
 
 @pytest.mark.parametrize("changes", ({}, dict(tied=True), dict(mtp_design="parallel", algo="grpo")))
 def test_off_and_detach_move_the_trunk_alike_bit_by_bit(trained, changes):
-    off, policy, detach = (
-        trained(regime, regime=regime, **changes) for regime in ("off", "policy", "detach")
-    )
+    names = "off", "policy", "detach"
+    off, policy, detach = (trained(name, regime=name, **changes) for name in names)
     assert not moved(weights(off), weights(detach))
     assert moved(weights(off), weights(policy)) and moved(weights(off), base(off))
     heads = base(detach, "heads")
     assert moved(heads, weights(detach, "heads")) == set(heads)
 
 
-def test_heads_that_learn_by_cross_entropy_while_the_trunk_gets_the_policy_gradient(
+def test_heads_learn_by_cross_entropy_while_the_trunk_gets_the_policy_gradient(
     trained, monkeypatch
 ):
     """One update from the same weights, λ fixed: the heads move as in detach, the trunk as in policy."""
@@ -221,10 +220,9 @@ def test_resumed_equals_unbroken(small, trained, monkeypatch, changes, module, n
     assert not moved(weights(broken), weights(whole))
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(
-    small, trained, monkeypatch, capsys, fails
-):
-    longer, broken = trained("longer", save_every=100, steps=6), small("broken", save_every=100)
+def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(small, monkeypatch, capsys, fails):
+    longer, broken = small("longer", save_every=100, steps=6), small("broken", save_every=100)
+    train.main(longer)
     with monkeypatch.context() as patch:
         before_call(patch, rl, "rollout", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert train.main(broken) == 130
@@ -235,10 +233,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(
     assert metrics(broken) == metrics(longer)
 
 
-def test_a_number_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    small, monkeypatch, fails
-):
-    """The loss is finite; its gradient is not."""
+def test_a_number_that_is_not_finite_stops_the_run(small, monkeypatch, fails):
+    """The loss is finite; its gradient is not. The last checkpoint is kept."""
     cfg = small(save_every=1, regime="off", updates_per_rollout=1)
     policy_loss, calls = rl.policy_loss, itertools.count(1)
 
