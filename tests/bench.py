@@ -213,7 +213,7 @@ def logp(repeats):
                 rows.append([name, "-", "-", f"failed: {type(error).__name__}: {reason}"])
         seconds = in_turns(repeats, functions)
         for name, times in seconds.items():
-            ratio = shown(over(times, seconds["naive"]))
+            ratio = shown(over(times, seconds["naive"])) if "naive" in seconds else "-"
             rows.append([name, f"{1e3 * median(times):.1f}", ratio, errors[name]])
         auto = mtp.pick_impl("auto", N, V, device, dtype)
         lines += ["", f"(N, C, V) = {(N, C, V)}; auto is {auto}", ""]
