@@ -70,7 +70,8 @@ def test_two_processes_give_the_metrics_of_one(job, name):
                 assert y[key] == x[key], (x["step"], key)
             elif "logp_gap" not in key:
                 assert y[key] == pytest.approx(x[key], rel=1e-2, abs=1e-3), (x["step"], key)
-    assert out.count(f"the run is in {two[name].out}") == 1  # one process speaks
+    assert out.count(f"the run is in {two[name].out}") == 1
+    assert out.count("reinforcement learning: ") == len(VARIANTS)  # one process speaks
 
 
 def test_a_coefficient_for_each_process_would_be_seen(job):
