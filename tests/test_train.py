@@ -33,7 +33,8 @@ def moved(before, after):
 
 
 def distance(before, after):
-    return max((before[name] - after[name]).abs().max().item() for name in before)
+    gaps = [(before[name] - after[name]).abs().max() for name in before]
+    return torch.stack(gaps).max().item()
 
 
 def start(*argv):
