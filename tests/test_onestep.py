@@ -1,6 +1,5 @@
 """What one step gains (eval.py onestep), against closed forms and simulated optimizers."""
 
-import json
 import math
 
 import pytest
@@ -24,7 +23,8 @@ def gain(g, u, size=1.0):
 
 def halves_of(g, m):
     """Without the clip, to which closed forms do not apply."""
-    return [evaluation.gains_by_lam(g[rows], m[rows], clip=False)[:, 0] for rows in evaluation.HALVES]
+    halves = [(g[rows], m[rows]) for rows in evaluation.HALVES]
+    return [evaluation.gains_by_lam(*half, clip=False)[:, 0] for half in halves]
 
 
 def test_the_gain_of_normal_gradients_has_a_closed_form():
@@ -106,7 +106,8 @@ def test_a_proxy_is_worth_what_its_lambdas_gain():
     m, a = torch.randn(400, 30) / 30, torch.rand(400)
     g = 0.02 - a[:, None] * m  # short enough for the clip not to bind
     zero, mean, own = [evaluation.gain_of_a_proxy(g, m, lam)[0] for lam in (0 * a, 0 * a + 0.5, a)]
-    noise = 0.02 / (0.02**2 + (1 / 3) / 30**2) ** 0.5  # what is left of a step: mean over √E[g²], E a² = 1/3
+    # What is left of a step: mean over √E[g²], where E a² = 1/3.
+    noise = 0.02 / (0.02**2 + (1 / 3) / 30**2) ** 0.5
     assert zero == 0 < mean < own and own == pytest.approx(100 * (1 / noise - 1), rel=0.05)
 
 
@@ -163,8 +164,9 @@ def test_onestep_of_a_run(small, capsys, monkeypatch):
     assert evaluation.main(evaluation.parse(arguments)) == 0
     said = capsys.readouterr().out
     assert "| 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in said
-    assert said.count("Would MTP help this run") == 2 and "Lη of Adam's steps on fresh samples" in said
-    found = json.loads((evaluation.Path(cfg.out) / "onestep-ckpt-2.json").read_text(encoding="utf-8"))
+    assert said.count("Would MTP help this run") == 2
+    assert "Lη of Adam's steps on fresh samples" in said
+    found = evaluation.measured_at(cfg.out, "ckpt-2")
     assert found["responses"] == 16 and 8 <= found["minibatches"] <= 12
     # Optimizer.load_state_dict keeps the tensors that it is given: loaded again and again, moments would drift.
     assert len(moments) == 12 and moments[0] > 0 and len(set(moments)) == 1
@@ -187,4 +189,5 @@ def test_the_released_lambda_has_the_trunks_old_log_probs_as_base():
     pairs = (slice(0, 2), slice(2, 4))  # of responses
     by_hand = [0.05 * (ratio[pair].sum() / scored[pair].sum()).item() for pair in pairs]
     assert released == pytest.approx(sum(by_hand) / 2, rel=1e-4)
-    assert not torch.allclose(gap, delta_mtp) and (delta_rl[scored] == (logp - mb["old"])[scored]).all()
+    assert not torch.allclose(gap, delta_mtp)
+    assert (delta_rl[scored] == (logp - mb["old"])[scored]).all()
