@@ -41,7 +41,6 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import mtp
@@ -49,7 +48,7 @@ import occ
 import rl
 from model import GPT, GPTConfig, find_device
 
-VERSION = 2  # of the run folder's format
+VERSION = 3  # of the run folder's format
 CHECKPOINT = ("step", "steps", "seconds", "model", "heads", "optimizer")  # what ckpt.pt holds
 
 
@@ -136,6 +135,8 @@ def load_run(folder, device, name="ckpt.pt", with_heads=False):
         how = f"go on with python train.py --resume {folder}"
         raise ValueError(f"{folder}: no checkpoint yet; {how}")
     cfg = SimpleNamespace(**config)
+    if cfg.regime not in occ.REGIMES:
+        raise ValueError(f"{folder}: its regime {cfg.regime} is not among {', '.join(occ.REGIMES)}")
     try:
         model, heads, optimizer = new_state(cfg, find_device(device))
     except AttributeError as error:
@@ -215,7 +216,9 @@ def equal_by_algebra(gold, candidate):
         return False
     try:
         from math_verify import parse, verify
-
+    except ImportError:
+        return False
+    try:
         a, b = [parse(f"${text.strip('$')}$", parsing_timeout=1) for text in (gold, candidate)]
         return bool(verify(a, b, timeout_seconds=1))
     except Exception:  # whatever it meets in a text that it cannot read
@@ -263,12 +266,13 @@ def score(args):
             notes.append(f"{name}: {cut} prompts are longer than the {room - new} tokens that the model has positions for; "
                          "only their ends were read")  # fmt: skip
         batch, texts = samples_of(cfg, model, heads, problems, args)
-        reward_B = batch["reward"]
+        rewards = batch["reward"].int().tolist()
         for i, text in enumerate(texts):
-            gold, answer = problems[i // args.k].answer, rl.extract_answer(text)
-            if reward_B[i] == 0 and equal_by_algebra(gold, answer):
-                reward_B[i] = 1
-        counts = reward_B.view(-1, args.k).sum(1).int().tolist()  # right ones of each problem
+            if not rewards[i]:
+                answer = rl.extract_answer(text)
+                rewards[i] = int(equal_by_algebra(problems[i // args.k].answer, answer))
+        # right ones of each problem
+        counts = [sum(rewards[i : i + args.k]) for i in range(0, len(rewards), args.k)]
         row = [interval([100 * pass_at_k(args.k, c, k) for c in counts]) for k in ks]
         intervals.append(row)
         rows.append([name, len(problems), *map(cell, row)])
@@ -397,11 +401,13 @@ def averaged(seeds, points):
 
 def draw_panels(panels, points=12):  # few points: probes are noisy
     """A figure of (lines, Panel) pairs, three a row. On a linear axis a line has the band of its 95 % interval."""
+    from matplotlib.figure import Figure  # takes a second: only where something is drawn
+
     columns = min(len(panels), 3)
-    rows = len(panels) // columns
+    rows = math.ceil(len(panels) / columns)
     figure = Figure((15, 5 * rows), layout="constrained")
     names = []  # of the panel before
-    for axis, (lines, panel) in zip(figure.subplots(rows, columns).flat, panels):
+    for axis, (lines, panel) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
         heights = []
         for i, (name, seeds) in enumerate(lines.items()):
             steps, mean, half = averaged(seeds, points)
@@ -415,7 +421,7 @@ def draw_panels(panels, points=12):  # few points: probes are noisy
             axis.set_yscale(panel.scale, **symlog)
         axis.set(title=panel.title, xlabel="step", ylabel=panel.ylabel)
         axis.grid(alpha=0.3)
-        if list(lines) != names:
+        if lines and list(lines) != names:
             axis.legend(fontsize="small")
         names = list(lines)
     return figure
@@ -527,6 +533,8 @@ def draw_tokens(tok, mb, product, square, responses=8):
         prompts.append(prompt.strip()[-24:])
         pieces = [tok.decode([token]) for token in tokens[1:][mask].tolist()]
         texts.append(["END" if piece == rl.EOS else repr(piece)[1:-1] for piece in pieces])
+    from matplotlib.figure import Figure
+
     width = int(mb["mask"].sum(1).max())
     figure = Figure((1.2 * width + 4, 0.45 * len(rows) + 1.5), layout="constrained")
     panels = ((product, "δ_RL · δ_MTP", "RdBu"), (square, "δ_MTP²", "Greens"))
@@ -641,7 +649,7 @@ def measure_step(args):
         for key, value in gains_of_steps(g, m, responses).items():
             found[f"{kind}/{key}"] = value
     for proxy in PROXIES:
-        lam_N = torch.tensor([each[f"occ/{proxy}"] for each in numbers])
+        lam_N = torch.tensor([each[f"occ/{proxy}"] for each in numbers], device=g.device)
         found[f"{proxy}/lam"] = lam_N.mean().item()
         found[f"{proxy}/gain"] = gain_of_a_proxy(g, m_policy, lam_N)
     return found
@@ -683,7 +691,7 @@ def step_gains(g_NP, u_NP, sizes=(1.0,)):
     sizes: of a minibatch in units of those given, each below N. Then E[u²] = (E u)² + s²/size, s² the variance.
     """
     terms, parts = (g_NP, u_NP, g_NP * u_NP, u_NP.square()), min(PARTS, len(g_NP))
-    whole, size_S1 = [x.sum(0) for x in terms], torch.tensor(sizes)[:, None]
+    whole, size_S1 = [x.sum(0) for x in terms], torch.tensor(sizes, device=g_NP.device)[:, None]
     gains = []
     for left_out in (slice(0), *(slice(part, None, parts) for part in range(parts))):
         n = len(g_NP) - len(g_NP[left_out])
@@ -962,8 +970,10 @@ def judged_claims(runs):
         n = sum(not math.isnan(value) for value in values)
         mean, half = interval(values)
         claimed = f"{above:g} to {below:g}"
-        if ANY in (-above, below):
-            claimed = f"above {above:g}" if below == ANY else f"below {below:g}"
+        if below == ANY:
+            claimed = f"above {above:g}"
+        elif above == -ANY:
+            claimed = f"below {below:g}"
         judgement = verdict(mean, half, above, below)
         rows.append([claim, quantity, cell((mean, half), 3), n, claimed, judgement])
     return rows
@@ -1021,6 +1031,8 @@ def judged_proxies(runs):
         bias, gain = [], []
         for records in runs.get("occ", {}).values():
             states = [r for r in records if f"onestep/{name}/lam" in r]
+            if not states:
+                continue
             gaps = [r[f"onestep/{name}/lam"] - r["onestep/policy/best/lam"] for r in states]
             bias.append(interval(gaps)[0])
             gain.append(interval(r[f"onestep/{name}/gain"] for r in states)[0])
@@ -1165,8 +1177,8 @@ def reporting(prog):
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, mistakes) else 1)
     except KeyboardInterrupt:
-        how = "a run goes on with: python train.py --resume RUN"
-        print(f"{prog}: interrupted; {how}", file=sys.stderr)
+        how = "; go on with --resume and the run's folder" if prog == "train.py" else ""
+        print(f"{prog}: interrupted{how}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -478,9 +478,10 @@ def why_no_triton(device, dtype):
     targets = torch.arange(150, device=device) * 2
     results = []
     try:  # so that "auto" never ends a run
-        naive = linear_logp(h, W, targets, 0.8, "naive")
-        for logp in (naive, RecomputedLogp.apply(h, W, targets, 0.8, "triton")):
-            results.append((logp.detach(), *torch.autograd.grad(logp, (h, W), g)))
+        with torch.enable_grad():
+            naive = linear_logp(h, W, targets, 0.8, "naive")
+            for logp in (naive, RecomputedLogp.apply(h, W, targets, 0.8, "triton")):
+                results.append((logp.detach(), *torch.autograd.grad(logp, (h, W), g)))
     except Exception as error:  # not installed, no compiler, too little shared memory, ...
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     for expected, found in zip(*results):
@@ -492,7 +493,8 @@ def why_no_triton(device, dtype):
 def operands(h_NC, weight):
     """Both as the kernels take them, and their tiles. The interpreter multiplies bfloat16 wrongly: it gets float32."""
     dtype = torch.float32 if INTERPRETED else h_NC.dtype
-    return h_NC.to(dtype).contiguous(), weight.to(dtype).contiguous(), TILES[dtype.itemsize]
+    tile = TILES[h_NC.dtype.itemsize]
+    return h_NC.to(dtype).contiguous(), weight.to(dtype).contiguous(), tile
 
 
 def triton_statistics(h_NC, weight, target_N, temperature):

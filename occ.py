@@ -73,9 +73,11 @@ def scale_grad(x, lam):
 
     The tensor is read during the backward only. So it may be filled in after the forward, when the log-probs are known.
     """
-    if not isinstance(lam, torch.Tensor) and lam == 0:
-        return x.detach()
-    return _ScaleGrad.apply(x, torch.as_tensor(lam, device=x.device))
+    if not isinstance(lam, torch.Tensor):
+        if lam == 0:
+            return x.detach()
+        lam = torch.tensor(float(lam), device=x.device)
+    return _ScaleGrad.apply(x, lam)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,12 +121,9 @@ def released_coefficient(delta_rl_BT, delta_mtp_BT, mask_BT, lam_plus=1.0, eps=1
     It is the mean of δ_RL δ_MTP / (δ_MTP² + ε) over the pair's tokens. Differs: theirs also counts padding, as zeros.
     """
     ratio_BT = delta_rl_BT * delta_mtp_BT / (delta_mtp_BT.square() + eps)
-    sum_B = (ratio_BT * mask_BT).sum(1)
-    count_B = mask_BT.sum(1)
-    lam_B = torch.zeros_like(sum_B)
-    for pair in torch.arange(len(lam_B)).split(2):
-        lam_B[pair] = lam_plus * (sum_B[pair].sum() / count_B[pair].sum().clamp(min=1))
-    return lam_B
+    pairs = zip((ratio_BT * mask_BT).split(2), mask_BT.split(2))
+    mean = torch.stack([ratio.sum() / mask.sum().clamp(min=1) for ratio, mask in pairs])
+    return lam_plus * mean.repeat_interleave(2)[: len(mask_BT)]
 
 
 def token_deltas(logp_BT, old_BT, logp_mtp_BKT, old_mtp_BKT, mask_mtp_BKT):
@@ -154,7 +153,7 @@ def lam_star(c, v2, eta, L):
 def flat_grad(loss, params):
     """d loss / d params, summed over processes, as one flat vector; 0 for parameters not reached. The graph is kept."""
     grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
-    return total(torch.cat([grad.flatten() for grad in grads]))
+    return total(torch.cat([grad.flatten() for grad in grads]).detach())
 
 
 def dot(a, b):

@@ -30,7 +30,7 @@ import random
 import re
 import unicodedata
 import urllib.request
-from collections import ChainMap, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -308,7 +308,7 @@ def data_file(name, data_dir):
     try:
         with urllib.request.urlopen(url, timeout=30) as source:
             content = source.read()
-        problems_in(content.decode(), url)
+        problems_in(content.decode("utf-8-sig"), url)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(content)
@@ -360,18 +360,19 @@ def problem_of(record, path, where):
     fields = defaultdict(str)  # its texts, and its numbers as people write them
     for name, value in record.items():
         if name == "final_answer" and isinstance(value, list) and len(value) == 1:
-            (value,) = value
+            value = value[0]
         if type(value) in (int, float):
             value = str(value).removesuffix(".0")
-        if isinstance(value, str):
-            fields[name.lower()] = value.strip()
+        if isinstance(value, str) and value.strip():
+            fields[name] = value.strip()
     text = fields["problem"] or fields["question"]
-    if fields["body"] and not fields["problem"]:
-        text = f"{fields['body'].removesuffix('.')}. {text}"
+    if not text and fields["Body"] and fields["Question"]:
+        text = f"{fields['Body'].removesuffix('.')}. {fields['Question']}"
     if not text:
         raise ValueError(f'{where}: no text in "problem" or "question"')
     solution = fields["solution"]
-    answer = fields["answer"] or fields["final_answer"] or extract_answer(solution) or ""
+    answer = fields["answer"] or fields["Answer"] or fields["final_answer"]
+    answer = answer or extract_answer(solution) or ""
     if "####" in answer:
         answer, solution = extract_answer(answer) or "", answer
     if not answers_equal(answer, extract_answer(solution)):
@@ -427,9 +428,10 @@ TIDY = (  # pattern, by what it is replaced
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;!])\s*(?=\d{3}(?!\d))", ","),  # within thousands
     (r"(?:\\[!,;: ]|~|\s)+", " "),
     (r" ?([^\w\s,.+-]) ?", r"\1"),
+    (r"^ | $", ""),
     (r"^\\(?:mathbf|mathrm|textbf|text|boxed)\{([^{}]*)\}$", r"\1"),  # all of it in bold
     (rf"\\(?:text|mathrm)\{{(?:{UNITS})\}}(?:\^\{{?-?\d\}}?)?$", ""),
-    (r" ?\bdollars?$|^=", ""),
+    (r" \bdollars?$|^=", ""),
     (r"\\%|\\text\{percent\}$| ?\bpercent$", "%"),
     (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac ?(\d) ?", r"\\frac{\1}"),
@@ -833,9 +835,11 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
 
 def summary(updates):
     """One step's updates as one record: means, of ratio_max the largest, and of occ/ the last (the first λ_t is 0)."""
-    record = {}
-    for name in ChainMap(*updates):  # the names of all of them
-        numbers = [metrics[name] for metrics in updates if name in metrics]
+    values, record = {}, {}
+    for metrics in updates:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    for name, numbers in values.items():
         if name.startswith("occ/"):
             record[name] = numbers[-1]
         elif name.endswith("ratio_max"):

@@ -21,6 +21,7 @@ import os
 # times slower, so they sleep instead. This must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -29,7 +30,6 @@ import json
 import math
 import platform
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -191,25 +191,31 @@ def say(line):
         sys.stdout.flush()
 
 
-def progress(steps, name):
-    """A bar, once for all processes."""
-    return tqdm(steps, name, disable=world()[0] > 0 or None)  # None: only on a terminal
+def progress(steps, name, **kwargs):
+    """A bar on a terminal, once for all processes."""
+    return tqdm(steps, name, disable=None if world()[0] == 0 else True, **kwargs)
 
 
-def stop_at_ctrl_c():
-    """A list that gets an item at Ctrl-C or SIGTERM, so that the step can end first. A second one ends it at once, but
-    not under torchrun.
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Gives a list that gets an item at Ctrl-C or SIGTERM, so that the step can end first.
+
+    A second one ends it at once, but not under torchrun, which sends each one twice.
     """
-    requests = []
+    requests, handlers = [], {}
 
     def handler(signum, frame):
-        if requests and not dist.is_torchelastic_launched():  # torchrun sends each one twice
+        if requests and not dist.is_torchelastic_launched():
             raise KeyboardInterrupt
         requests.append(signum)
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return requests
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        handlers[signum] = signal.signal(signum, handler)
+    try:
+        yield requests
+    finally:
+        for signum, before in handlers.items():
+            signal.signal(signum, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,9 +373,15 @@ class Run:
         for path in self.logs:
             length = 0
             for line in path.read_bytes().splitlines(keepends=True):
-                step = re.match(rb"\W*step\W+(\d+)", line)  # only the header has none
-                if line.endswith(b"\n") and (step is None or int(step[1]) <= last):
-                    length += len(line)
+                if not line.endswith(b"\n"):
+                    break
+                if path.suffix == ".txt":
+                    step = int(line.split()[1])
+                else:
+                    step = json.loads(line).get("step", -1)  # the header has none
+                if step > last:
+                    break
+                length += len(line)
             os.truncate(path, length)
 
     def write(self, record):
@@ -398,10 +410,12 @@ class Run:
 
 def header(cfg, device):
     """The first line of metrics.jsonl."""
-    git = "git rev-parse --verify HEAD"
-    here = Path(__file__).parent
-    done = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
-    commit = done.stdout.strip() or None  # None outside a git checkout
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True)
+        commit = done.stdout.strip() or None  # None outside a git checkout
+    except OSError:  # there is no git
+        commit = None
     name = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -562,30 +576,32 @@ def main(cfg, resume=False):
     say(f"reinforcement learning: {cfg.regime}, steps {start + 1} to {cfg.steps}")
 
     go_on = f"go on with: python train.py --resume {run.dir}"
-    began, saved, stop = run.seconds(), start, stop_at_ctrl_c()
-    for step in progress(range(start + 1, cfg.steps + 1), "train"):
-        record, examples = step_of_rl(cfg, model, heads, optimizer, tok, step, reference)
-        for name, value in record.items():
-            if not math.isfinite(value):
-                last = f"the last good checkpoint is that of step {saved}"
-                raise FloatingPointError(f"step {step}: {name} is not finite; {last}; {go_on}")
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            record |= rl.evaluate(model, tok, cfg)
-            run.show(step, examples)
-            lam = record.get("occ/lam", 0.0)
-            left = (run.seconds() - began) / (step - start) * (cfg.steps - step) / 60
-            say(f"step {step}: reward {record['reward/mean']:.2f}, score {record['eval/score']:.1f}, λ {lam:.3f}, "
-                f"{left:.1f} minutes left")  # fmt: skip
-        run.write({"step": step, "time": run.seconds()} | record)
-        stopping = any(gather(len(stop)))  # one process was asked to stop: all end at the same step
-        is_last = stopping or step == cfg.steps
-        if is_last or step % cfg.save_every == 0 or str(step) in cfg.keep.split(","):
-            run.save(cfg, step, model, heads, optimizer)
-            saved = step
-        if stopping and step < cfg.steps:
-            say(f"stopped after step {step}; {go_on}")
-            return 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # no more steps to wait for
+    began, saved = run.seconds(), start
+    bar = progress(range(start + 1, cfg.steps + 1), "train", initial=start, total=cfg.steps)
+    with ctrl_c_waits() as stop:
+        for step in bar:
+            record, examples = step_of_rl(cfg, model, heads, optimizer, tok, step, reference)
+            for name, value in record.items():
+                if not math.isfinite(value):
+                    last = f"the last good checkpoint is that of step {saved}"
+                    raise FloatingPointError(f"step {step}: {name} is not finite; {last}; {go_on}")
+            if step % cfg.eval_every == 0 or step == cfg.steps:
+                record |= rl.evaluate(model, tok, cfg)
+                run.show(step, examples)
+                lam = record.get("occ/lam", 0.0)
+                left = (run.seconds() - began) / (step - start) * (cfg.steps - step) / 60
+                now = f"reward {record['reward/mean']:.2f}, score {record['eval/score']:.1f}"
+                say(f"step {step}: {now}, λ {lam:.3f}, {left:.1f} minutes left")
+            run.write({"step": step, "time": run.seconds()} | record)
+            # One process was asked to stop: all end at the same step.
+            stopping = any(gather(len(stop)))
+            is_last = stopping or step == cfg.steps
+            if is_last or step % cfg.save_every == 0 or str(step) in cfg.keep.split(","):
+                run.save(cfg, step, model, heads, optimizer)
+                saved = step
+            if stopping and step < cfg.steps:
+                say(f"stopped after step {step}; {go_on}")
+                return 130
     if world()[0] == 0:
         evaluation.plot([run.dir], run.dir / "curves.png")
         _, records = evaluation.read_metrics(run.dir)

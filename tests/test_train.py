@@ -151,9 +151,14 @@ def test_the_probe_tells_the_lambda_that_the_update_uses(trained, name, changes)
 
 def test_released_puts_lambda_inside_the_clip(trained, monkeypatch):
     """With λ = 0 neither the trunk nor the heads learn anything by the heads' loss: λ times their advantages."""
-    zero = lambda delta_rl, delta_mtp, mask, lam_plus: torch.zeros(len(mask))
+
+    def zero(delta_rl, delta_mtp, mask, lam_plus):
+        assert lam_plus == 0.05  # over two heads
+        return torch.zeros(len(mask))
+
     monkeypatch.setattr(occ, "released_coefficient", zero)
-    off, released = trained("off", regime="off"), trained("released", released=True)
+    off = trained("off", regime="off", mtp_depth=2)
+    released = trained("released", released=True, mtp_depth=2)
     assert distance(weights(released), weights(off)) <= 1e-6
     assert not moved(base(released, "heads"), weights(released, "heads"))
 
@@ -232,8 +237,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_run_can_be_made_longer(small, monkeypa
     longer, broken = small("longer", save_every=100, steps=6), small("broken", save_every=100)
     train.main(longer)
     with monkeypatch.context() as patch:
-        before_call(patch, rl, "rollout", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        before_call(patch, rl, "rollout", 3, lambda: signal.raise_signal(signal.SIGINT))
         assert train.main(broken) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before the run
+    with train.ctrl_c_waits() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+        assert stop
+        signal.raise_signal(signal.SIGINT)
     said = f"stopped after step 3; go on with: python train.py --resume {broken.out}"
     assert said in capsys.readouterr().out
     assert "--steps 2: must be 3 or more" in fails(resume, broken, "--steps", "2")
