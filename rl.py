@@ -431,7 +431,7 @@ TIDY = (  # pattern, by what it is replaced
     (r"^ | $", ""),
     (r"^\\(?:mathbf|mathrm|textbf|text|boxed)\{([^{}]*)\}$", r"\1"),  # all of it in bold
     (rf"\\(?:text|mathrm)\{{(?:{UNITS})\}}(?:\^\{{?-?\d\}}?)?$", ""),
-    (r" \bdollars?$|^=", ""),
+    (r"(?<=.) ?\bdollars?$|^=", ""),
     (r"\\%|\\text\{percent\}$| ?\bpercent$", "%"),
     (r"\\[dt]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac ?(\d) ?", r"\\frac{\1}"),
