@@ -608,7 +608,11 @@ def onestep(args):
     for kind in ("policy", "ce"):
         cos, noise_g, noise_m = (found[f"{kind}/{key}"] for key in ("cos", "noise_g", "noise_m"))
         lam, (mean, half) = found[f"{kind}/best/lam"], found[f"{kind}/best/gain"]
-        answer = "yes" if mean > half else "no" if mean + half < 1 else "cannot be told"
+        answer = "cannot be told"
+        if mean > half:
+            answer = "yes"
+        elif mean + half < 1:
+            answer = "no"
         lines += [
             f"m of {kind}: cosine of E g and E m {cos:.2f}; of a minibatch's ‖g‖² {noise_g:.0f} % and ‖m‖² "
             f"{noise_m:.0f} % is noise",
@@ -1082,7 +1086,7 @@ def draw(out, steps):
     figure = draw_panels([
         (cosines, Panel("Cosine of g and m without noise", "cosine")),
         (gains, Panel("Gain of a step of Adam at λ = 1, over λ = 0", "%")),
-        (by_size, Panel("At the end: λ chosen on other samples", "%")),
+        (by_size, Panel("At the end: gain of the λ that other samples choose", "%")),
     ])  # fmt: skip
     sizes = f"responses a minibatch ({MARKED[0]} here, {MARKED[1]} in the paper)"
     axis = figure.axes[2]
