@@ -126,6 +126,21 @@ def test_claims_are_paired_by_seed():
     assert rows["occ: λ_t, first third − last"][3] == 4
 
 
+def test_gaps_proxies_and_predictions_of_two_runs():
+    start = {"step": 0, "eval/score": 1.0}
+    for name, lam, gain in (("lam_logprob", 0.3, -40.0), ("policy/best", 0.1, 2.0)):
+        start |= {f"onestep/{name}/lam": lam, f"onestep/{name}/gain": gain}
+    runs = {"detach": {7: [{"step": 0, "eval/score": 1.0}, {"step": 10, "eval/score": 50.0}]}}
+    runs["occ"] = {7: [start, {"step": 10, "eval/score": 53.0}]}
+    assert evaluation.gaps_to_detach(runs) == {"occ": {7: {0: 0.0, 10: 3.0}}}
+    proxies = {row[0]: row[1:] for row in evaluation.judged_proxies(runs)}
+    assert proxies["log-probs (paper)"] == [1, "0.20 (n = 1)", "-40.0 (n = 1)"]
+    assert proxies["hidden states"] == [0, "–", "–"]
+    predicted = evaluation.predicted_difference({0: -30.0}, 10)  # in three of four updates λ acts
+    occ = next(row for row in evaluation.predictions(runs, 10) if row[0] == "occ")
+    assert occ[1:4] == [1, f"{predicted:.1f} (n = 1)", "3.0 (n = 1)"]
+
+
 def test_thirds_and_ends():
     records = [{"step": s, "x": float(s)} for s in range(1, 10)]
     expected = {"mean": 5.0, "early - late": -6.0, "middle - late": -3.0}
