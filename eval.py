@@ -25,6 +25,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import importlib.util
 import inspect
 import itertools
 import json
@@ -204,7 +205,7 @@ def pass_at_k(n, c, k):
 
 
 def equal_by_algebra(gold, candidate):
-    """What math-verify says of two formulas, where `rl.answers_equal` says no; False where it is not installed.
+    """What math-verify (an optional package) says of two formulas, where `rl.answers_equal` says no.
 
     It evaluates what it reads, which could take forever: it gets no long numbers, factorials or powers of powers.
     """
@@ -214,10 +215,8 @@ def equal_by_algebra(gold, candidate):
         return False
     if rl.read_number(rl.tidied(gold)):  # numbers need no algebra
         return False
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return False
+    from math_verify import parse, verify
+
     try:
         a, b = [parse(f"${text.strip('$')}$", parsing_timeout=1) for text in (gold, candidate)]
         return bool(verify(a, b, timeout_seconds=1))
@@ -254,6 +253,7 @@ def score(args):
     if new >= room:
         raise ValueError(f"--max_new_tokens {new}: must be below {room}, the model's positions")
     ks = sorted({1, args.k // 4, args.k} - {0})  # of pass@k; pass@1 is avg@k
+    has_math_verify = importlib.util.find_spec("math_verify") is not None
     rows, intervals, notes = [], [], []
     for suite in tqdm(suites, "suites", disable=None):
         name = rl.label(suite)
@@ -263,11 +263,11 @@ def score(args):
             problems = rl.held_out_problems(suite, cfg.difficulty, args.problems or 64)
         cut = sum(len(tok.encode_ordinary(p.prompt)) + new > room for p in problems)
         if cut:
-            notes.append(f"{name}: {cut} prompts are longer than the {room - new} tokens that the model has positions for; "
-                         "only their ends were read")  # fmt: skip
+            notes.append(f"{name}: {cut} prompts are longer than the {room - new} tokens that the model has positions "
+                         "for; only their ends were read")  # fmt: skip
         batch, texts = samples_of(cfg, model, heads, problems, args)
         rewards = batch["reward"].int().tolist()
-        for i, text in enumerate(texts):
+        for i, text in enumerate(texts) if has_math_verify else ():
             if not rewards[i]:
                 answer = rl.extract_answer(text)
                 rewards[i] = int(equal_by_algebra(problems[i // args.k].answer, answer))
@@ -1216,7 +1216,8 @@ FLAGS = {  # default, help, and the commands that have it
     "k": (8, "samples a problem", "score sample"),
     "temperature": (1.0, "of sampling; 0 is greedy", "score sample"),
     "speculative": (False, "the heads draft", "score sample"),
-    "problems": (0, "a suite, at most; 0: 64 for score, or all of a file given by --suite; 2 for sample", "score sample"),
+    "problems": (0, "a suite, at most; 0: 64 for score, or all of a file given by --suite; 2 for sample",
+                 "score sample"),
     "suite": ("", f"arithmetic, competition, or some of {','.join([*rl.SUITES, *rl.SCORE])},FILE.jsonl; by default the "
               "held-out problems of the run's own task", "score"),
     "max_new_tokens": (0, "longest response; 0: as the run was trained", "score"),
@@ -1231,7 +1232,8 @@ FLAGS = {  # default, help, and the commands that have it
     "regimes": (DEFAULTS, f"some of {','.join(REPRODUCED)}", "reproduce"),
     "jobs": (os.cpu_count() or 1, "runs at a time", "reproduce"),
     "fast": (False, "tiny runs that show nothing but that all of it works", "reproduce"),
-    "out": ("", "picture or folder to write; by default in the run's folder, or out/reproduce", "explain plot reproduce"),
+    "out": ("", "picture or folder to write; by default in the run's folder, or out/reproduce",
+            "explain plot reproduce"),
 }  # fmt: skip
 
 

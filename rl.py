@@ -49,9 +49,10 @@ from model import autocast, gather, generate, share, total
 EOS = "<|endoftext|>"
 ROUNDS = 4  # of dynamic sampling: with half of the groups informative, 1 in 16 is still missing after these
 GPT2_HELP = (
-    "its files could not be fetched; connect to a network once, or set TIKTOKEN_CACHE_DIR to a folder that has these files of "
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names that tiktoken looks for: vocab.bpe "
-    "as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+    "its files could not be fetched; connect to a network once, or set TIKTOKEN_CACHE_DIR to a folder that has these "
+    "files of https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the names that tiktoken looks for: "
+    "vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "
+    "encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 )
 
 
@@ -198,9 +199,10 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
         key = sorted(operands) if kind.commutes else list(operands)
         if one_in_eight(f"{suite} {key}") == held_out:
             break
-    prompt, _, right = kind.solve(operands, n, None)
-    slips = rng if rng.random() < careless else None
-    _, working, written = kind.solve(operands, n, slips)
+    prompt, working, right = kind.solve(operands, n, None)
+    written = right
+    if rng.random() < careless:
+        _, working, written = kind.solve(operands, n, rng)
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
@@ -772,7 +774,7 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     cuts = min(cfg.updates_per_rollout, len(groups))
     parts = []
     for part in groups.tensor_split(cuts) if cuts else []:
-        rows = part.flatten()
+        rows = slice(int(part[0, 0]), int(part[-1, -1]) + 1)
         T = 2 + int(batch["mask"][rows].any(0).nonzero().max())  # the longest ends here
         mask_BT = batch["mask"][rows, : T - 1]
         mask_BKT = mtp.aligned_mask(mask_BT, K)
@@ -821,7 +823,7 @@ def update_metrics(logp_BT, logp_BKT, mb, adv_mtp_B, algo, first):
     metrics = {}
     if first:
         # The gap is to the sampler's log-probs, in this minibatch. The agreement is the share of tokens that a
-        # speculative sampler would accept from head k: the mean of min(1, q/p), whose expectation is sum_v min(p_v, q_v).
+        # speculative sampler would accept from head k: the mean of min(1, q/p), which is expected to be Σ_v min(p_v, q_v).
         metrics["rollout/logp_gap"] = largest((logp_BT - mb["logp"]).abs() * mb["mask"])
         accepted_BKT = (logp_BKT - logp_BT[:, None]).exp().clamp(max=1) * mb["mask_mtp"]
         scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)

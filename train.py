@@ -472,8 +472,8 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
     updates = []
     for mb in minibatches:
-        # Log-probs of trunk and heads. In the backward, the doors of the trunk multiply the heads' gradient by `lam`. It
-        # is 1 while regime exact and the proxy `hidden` measure m in 5, which then sets it to λ_t.
+        # Log-probs of trunk and heads. In the backward, the doors of the trunk multiply the heads' gradient by `lam`.
+        # It is 1 while regime exact and the proxy `hidden` measure m in 5, which then sets it to λ_t.
         lam = torch.ones((), device=adv_B.device)
         door = 0.0 if regime.rule == "cut" else lam  # a number cuts the graph
         logp, logp_mtp, h = rl.logprobs(model, heads, mb, cfg, door)
@@ -487,14 +487,16 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
         # 3 policy loss of the trunk
         loss_rl = rl.trunk_policy_loss(logp, mb, algo)
-        # 4 MTP loss: m is the gradient of loss_mtp. The heads learn by loss_heads, which is the same in most regimes.
+        # 4 MTP loss: m is the gradient of loss_mtp. The heads learn by loss_heads, in most regimes the same.
         adv_mtp = mb["adv"]
         if cfg.released:  # λ scales the advantages, inside the clip
             lam_plus = occ.RELEASED_LAM_PLUS / cfg.mtp_depth
             lam_B = occ.released_coefficient(*deltas, mb["mask_mtp"].any(1), lam_plus)
             adv_mtp = mb["adv"] * lam_B
         loss_mtp = rl.mtp_loss(regime.trunk_loss, logp_mtp, mb, adv_mtp, algo)
-        loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
+        loss_heads = loss_mtp
+        if regime.heads_loss != regime.trunk_loss:
+            loss_heads = rl.mtp_loss(regime.heads_loss, logp_mtp, mb, adv_mtp, algo)
         clock("update")
 
         # 5 coefficient λ_t
@@ -511,7 +513,7 @@ def step_of_rl(cfg, model, heads, optimizer, tok, step, reference=None):
 
         # 6 backward, and one step of Adam: the trunk's gradient is g + λ_t m, the heads have their own
         optimizer.zero_grad()
-        if regime.heads_loss == regime.trunk_loss:
+        if loss_heads is loss_mtp:
             (loss_rl + loss_mtp).backward()
         else:
             (loss_rl + loss_mtp).backward(inputs=theta, retain_graph=True)

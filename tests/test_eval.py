@@ -108,8 +108,12 @@ def test_products_across_rollouts_are_without_noise():
 
 
 def test_verdicts():
-    for mean, half, above, below, said in ((1, 0.5, 0, math.inf, "reproduced"), (1, 2, 0, math.inf, "undecided"),
-                                           (-1, 0.5, 0, math.inf, "not"), (0, 0.01, -0.05, 0.05, "reproduced")):  # fmt: skip
+    for mean, half, above, below, said in (
+        (1, 0.5, 0, math.inf, "reproduced"),
+        (1, 2, 0, math.inf, "undecided"),
+        (-1, 0.5, 0, math.inf, "not"),
+        (0, 0.01, -0.05, 0.05, "reproduced"),
+    ):
         assert evaluation.verdict(mean, half, above, below) == said
 
 

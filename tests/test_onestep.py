@@ -40,7 +40,7 @@ def test_the_gain_of_normal_gradients_has_a_closed_form():
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_the_gain_is_that_of_a_simulated_adam(lam):
-    """torch's Adam on gradients of one distribution, clipped to norm 1: its progress along E g, a step and unit of lr."""
+    """torch's Adam on gradients of one distribution, clipped to norm 1: its progress along E g over lr."""
     G, M, lr, steps = torch.randn(20) / 20, torch.randn(20) / 20, 1e-3, 12000
     scale = torch.logspace(-2, 0, 20)  # of the noise: else Adam's direction would be that of u
     p = torch.nn.Parameter(torch.zeros(20))
@@ -82,7 +82,7 @@ def test_no_gain_over_a_step_that_may_gain_nothing():
 
 
 def test_what_is_chosen_on_noise_gains_nothing_elsewhere():
-    """E m = 0, noises independent: every λ but 0 dilutes the step. Choosing and valuing on the same samples hides that."""
+    """E m = 0, noises independent: every λ but 0 dilutes the step. To choose and value on the same samples hides it."""
     honest, same = [], []
     for _ in range(40):
         g, m = gradients(24, torch.full((60,), 0.3), torch.zeros(60), 1.0, 1.0)
