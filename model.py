@@ -7,7 +7,7 @@ Padding is always on the right. A causal model never looks to the right, so trai
 row's result does not depend on how far it was padded. The cache has position t of each row in column t. A column that
 holds padding is masked until a new token is written there.
 
-Shift convention of every (B, T-1) array in this project: column t speaks of token t+1.
+Shift convention of every (B, T-1) array in this project: column t is about token t+1.
 
 Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · S new positions · R new tokens ·
 C channels · H heads · D channels a head · V vocabulary
@@ -15,6 +15,7 @@ C channels · H heads · D channels a head · V vocabulary
 Left out: dropout (old and new log-probs of RL must come from the same function), rotary positions, grouped queries.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +35,31 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of one block, kv (2, B, T, H, D). It is made at the first write."""
+    """Keys and values of all blocks, kv (n_layer, 2, B, T, H, D), made when the first block writes."""
 
-    def __init__(self, T):
-        self.T = T
-        self.kv = None
+    def __init__(self, n_layer, T):
+        self.n_layer, self.T, self.kv = n_layer, T, None
 
-    def write(self, kv, pos_BS, end):
-        """Store kv (2, B, S, H, D) in the columns pos_BS and return columns 0..end-1."""
+    def begin(self, B, pos_BS, end):
+        """Before a pass of B rows over positions pos_BS, which see the columns < end up to their own.
+
+        Row indices and mask are the same in every block, so they are made here, once.
+        """
+        self.pos_BS, self.end = pos_BS, end
+        self.row_B1 = torch.arange(B, device=pos_BS.device)[:, None]
+        self.mask = pos_BS[:, None, :, None] >= torch.arange(end, device=pos_BS.device)
+
+    def write(self, layer, kv):
+        """Store the new kv (2, B, S, H, D) of one block and return all of its columns < end."""
         if self.kv is None:
-            self.kv = kv.new_zeros(2, kv.size(1), self.T, *kv.shape[3:])
-        rows = torch.arange(kv.size(1), device=kv.device)[:, None]
-        self.kv[:, rows, pos_BS] = kv
-        return self.kv[:, :, :end]
+            B, heads = kv.size(1), kv.shape[3:]
+            self.kv = kv.new_zeros(self.n_layer, 2, B, self.T, *heads)
+        self.kv[layer][:, self.row_B1, self.pos_BS] = kv
+        return self.kv[layer][:, :, : self.end]
+
+    def select(self, rows):
+        """Keep these rows, in this order; a row may be named more than once."""
+        self.kv = self.kv.index_select(2, rows)
 
 
 class Block(nn.Module):
@@ -62,16 +75,14 @@ class Block(nn.Module):
         nn.init.zeros_(self.attn_out.weight)  # every block starts as the identity
         nn.init.zeros_(self.mlp_out.weight)
 
-    def forward(self, x, cache=None, pos_BS=None, end=None):
-        """x (B, S, C). With a KVCache, x is new positions pos_BS, which see the columns < end up to their own."""
+    def forward(self, x, cache=None, layer=0):
+        """x (B, S, C). With a KVCache, x is at the positions of its `begin`."""
         B, S, C = x.shape
         qkv = self.qkv(self.norm_attn(x)).view(B, S, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.unbind(2)  # (B, S, H, D)
-        mask = None
+        q, kv, mask = qkv[:, :, 0], qkv[:, :, 1:].movedim(2, 0), None
         if cache is not None:
-            k, v = cache.write(torch.stack((k, v)), pos_BS, end)
-            mask = pos_BS[:, None, :, None] >= torch.arange(end, device=x.device)  # (B, 1, S, end)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, ·, D)
+            kv, mask = cache.write(layer, kv), cache.mask
+        q, k, v = q.transpose(1, 2), kv[0].transpose(1, 2), kv[1].transpose(1, 2)  # (B, H, ·, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.attn_out(y.transpose(1, 2).reshape(B, S, C))
         return x + self.mlp_out(self.mlp_in(self.norm_mlp(x)).relu_())
@@ -98,16 +109,18 @@ class GPT(nn.Module):
         if cfg.tied:
             self.lm_head.weight = self.wte.weight
 
-    def hidden(self, tokens_BS, caches=None, pos_BS=None, end=None):
+    def hidden(self, tokens_BS, cache=None, pos_BS=None, end=None):
         """Final hidden states (B, S, C), after the last norm: logits are h @ lm_head.weight.T.
 
-        The tokens are at positions pos_BS, by default 0, 1, .. S-1. With caches, a KVCache a block, see Block.forward.
+        The tokens are at positions pos_BS, by default 0, 1, .. S-1. With a KVCache see KVCache.begin.
         """
         if pos_BS is None:
             pos_BS = torch.arange(tokens_BS.size(1), device=tokens_BS.device)[None]
+        if cache is not None:
+            cache.begin(len(tokens_BS), pos_BS, end)
         x = self.norm_in(self.wte(tokens_BS) + self.wpe(pos_BS))
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, cache, pos_BS, end)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
         return self.norm_out(x)
 
     def logits(self, h):
@@ -121,37 +134,51 @@ class GPT(nn.Module):
 
 
 def find_device(name):
-    """The torch.device of a name; "auto" is cuda where there is one, else cpu. ValueError if it cannot be used here."""
+    """The torch.device of a name, which becomes the current one; "auto" is cuda where there is one, else cpu.
+
+    Under torchrun each process takes the GPU of its local rank before it touches any other. ValueError where the
+    device cannot be used, or where there are more processes than GPUs.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if name == "cuda" and processes > gpus > 0:
+        few = f"must be at most {gpus}, one a GPU; or add --device cpu"
+        raise ValueError(f"--nproc_per_node {processes}: {few}")
     try:
+        if name.startswith("cuda"):
+            rank = int(os.environ.get("LOCAL_RANK", 0))
+            torch.cuda.set_device(rank if name == "cuda" else name)
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = f"cannot be used here ({str(error).splitlines()[0]})"
         allowed = "allowed: auto, cpu, cuda:1, mps, ..."
         raise ValueError(f"--device {name}: {reason}; {allowed}") from None
 
 
-def matmul_dtype(device):
-    """bfloat16 on GPUs that compute in it (capability 8.0 or newer), else float32."""
+def matmul_dtype(device, channels):
+    """bfloat16 on GPUs that compute in it (capability 8.0 or newer), else float32.
+
+    Below 256 channels autocast adds casts and saves nothing.
+    """
     modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if modern else torch.float32
+    return torch.bfloat16 if modern and channels >= 256 else torch.float32
 
 
-def autocast(device):
+def autocast(model):
     """For forward passes: matrix products in matmul_dtype. Norms, hence final hidden states, stay float32 on CUDA."""
-    return torch.autocast(device.type, torch.bfloat16, matmul_dtype(device) == torch.bfloat16)
+    device = model.wte.weight.device
+    low = matmul_dtype(device, model.cfg.n_embd) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
-def pad(rows, device="cpu"):
-    """Lists of token ids -> right-padded (B, T) and lengths (B,)."""
-    length_B = torch.tensor([len(row) for row in rows])
-    tokens_BT = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return tokens_BT.to(device), length_B.to(device)
+def pad(rows):
+    """Lists of numbers -> right-padded (B, T)."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def choose(logp_BV, temperature, u_B):
@@ -171,49 +198,41 @@ def tempered(logits, temperature):
     return F.log_softmax(logits / (temperature or 1.0), dim=-1)
 
 
-def at_token(logp, tokens):
-    """Of log-probs (..., V) those of some tokens (...)."""
-    return logp.gather(-1, tokens[..., None]).squeeze(-1)
+def width(mask_BT):
+    """Columns of a mask up to its last True, 0 if there is none."""
+    column = torch.arange(1, mask_BT.size(1) + 1, device=mask_BT.device)
+    return int((mask_BT * column).max())
 
 
-def read_prompts(model, prompts, num_generations, max_new_tokens):
-    """Each prompt is read once for all of its samples: B = P·G rows, those of a prompt adjacent.
+@torch.no_grad()
+def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, u_BR=None):
+    """num_generations samples of each prompt; the rows of a prompt are adjacent.
 
-    Returns right-padded tokens (B, T), their hidden states (B, T, C), and a KVCache a block with room for responses.
+    prompts is a list of token-id lists. u_BR: the uniform random numbers that decide the tokens, drawn here if None.
+    Returns a dict of tokens (B, T), mask (B, T-1), True where token t+1 was sampled, its end included, and logp
+    (B, T-1), its log-prob at this temperature, 0 off the mask.
     Raises ValueError when a prompt and max_new_tokens do not fit in the model's block_size.
     """
-    tokens_PT, _ = pad(prompts, model.wte.weight.device)
+    device = model.wte.weight.device
+    tokens_PT, length_P = pad(prompts).to(device), torch.tensor([*map(len, prompts)], device=device)
     longest = tokens_PT.size(1)
     room = longest + max_new_tokens
     if room > model.cfg.block_size:
         sizes = f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} = {room}"
         raise ValueError(f"{sizes} exceeds block_size {model.cfg.block_size}")
-    caches = [KVCache(room) for _ in model.blocks]
-    h_PTC = model.hidden(tokens_PT, caches, end=longest)
-    prompt_B = torch.arange(len(prompts), device=h_PTC.device).repeat_interleave(num_generations)
-    for cache in caches:
-        cache.kv = cache.kv.index_select(1, prompt_B)
-    return tokens_PT[prompt_B], h_PTC[prompt_B], caches
-
-
-@torch.no_grad()
-def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1.0, u_BR=None):
-    """num_generations samples of each prompt, as rows of `read_prompts`.
-
-    prompts is a list of token-id lists. u_BR: the uniform random numbers that decide the tokens, drawn here if None.
-    Returns a dict of tokens (B, T), mask (B, T-1), True where token t+1 was sampled, its end included, and logp
-    (B, T-1), its log-prob at this temperature, 0 off the mask. Raises ValueError as `read_prompts` does.
-    """
-    tokens_BT, h_BTC, caches = read_prompts(model, prompts, num_generations, max_new_tokens)
-    B, longest = tokens_BT.shape
-    u_BR = (torch.rand(B, max_new_tokens) if u_BR is None else u_BR).to(h_BTC.device)
-    length_P = torch.tensor([len(prompt) for prompt in prompts], device=h_BTC.device)
-    pos_B = length_P.repeat_interleave(num_generations)  # where each row's next token goes
-    row_B = torch.arange(B, device=h_BTC.device)
-    h_BC = h_BTC[row_B, pos_B - 1]
-    tokens_BT = F.pad(tokens_BT, (0, max_new_tokens))
+    # Each prompt is read once for all of its samples.
+    cache = KVCache(model.cfg.n_layer, room)
+    h_PTC = model.hidden(tokens_PT, cache, end=longest)
+    prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)
+    cache.select(prompt_B)
+    pos_B = length_P[prompt_B]  # where each row's next token goes
+    h_BC = h_PTC[prompt_B, pos_B - 1]
+    u_BR = torch.rand(len(prompt_B), max_new_tokens) if u_BR is None else u_BR
+    u_BR = u_BR.to(device)
+    tokens_BT = F.pad(tokens_PT[prompt_B], (0, max_new_tokens))
     mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     logp_BT = torch.zeros_like(tokens_BT, dtype=torch.float)
+    row_B = torch.arange(len(prompt_B), device=device)
     alive_B = torch.ones_like(row_B, dtype=torch.bool)
     for i in range(max_new_tokens):  # here B are the rows still in the batch; row_B says which
         logp_BV = tempered(model.logits(h_BC), temperature)
@@ -221,19 +240,19 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
         # What a row says behind its end is not kept.
         tokens_BT[row_B, pos_B] = token_B * alive_B
         mask_BT[row_B, pos_B] = alive_B
-        logp_BT[row_B, pos_B] = at_token(logp_BV, token_B) * alive_B
+        logp_BT[row_B, pos_B] = logp_BV.gather(1, token_B[:, None])[:, 0] * alive_B
         alive_B = alive_B & (token_B != eos)
-        if i == max_new_tokens - 1 or not alive_B.any():
+        alive = int(alive_B.sum())  # the only wait for the device in a pass
+        if i == max_new_tokens - 1 or alive == 0:
             break
-        # Rows that have ended leave together, once they are more than a fifth: leaving copies all caches.
-        if alive_B.float().mean() < 0.8:
-            keep = alive_B.nonzero().squeeze(1)
-            for cache in caches:
-                cache.kv = cache.kv.index_select(1, keep)
+        # Rows that have ended leave together, once they are more than a fifth: leaving copies the cache.
+        if alive < 0.8 * len(row_B):
+            keep = alive_B.int().argsort(descending=True, stable=True)[:alive]
+            cache.select(keep)
             token_B, row_B, pos_B, alive_B = token_B[keep], row_B[keep], pos_B[keep], alive_B[keep]
-        h_BC = model.hidden(token_B[:, None], caches, pos_B[:, None], end=longest + i + 1)[:, 0]
+        h_BC = model.hidden(token_B[:, None], cache, pos_B[:, None], longest + i + 1)[:, 0]
         pos_B = pos_B + 1
-    end = int(mask_BT.any(0).nonzero().max()) + 1
+    end = width(mask_BT)
     return {"tokens": tokens_BT[:, :end], "mask": mask_BT[:, 1:end], "logp": logp_BT[:, 1:end]}
 
 
@@ -259,11 +278,18 @@ def total(x, op=dist.ReduceOp.SUM):
     return x
 
 
+@torch.no_grad()
+def unflatten(flat, tensors):
+    """Write the numbers of one vector into tensors, in place: the inverse of torch's parameters_to_vector."""
+    for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+        x.copy_(part.view_as(x))
+
+
 def total_gradients(params):
-    """Sum the gradients over processes. Losses are shares of one loss, so this is its gradient, not an average."""
-    for p in params:
-        if p.grad is not None:
-            total(p.grad)
+    """Sum the gradients over processes, in one message. Losses are shares of one loss, so this is its gradient."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if dist.is_initialized():
+        unflatten(total(nn.utils.parameters_to_vector(grads)), grads)
 
 
 def gather(x):

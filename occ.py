@@ -8,10 +8,22 @@ sure to gain, plus
                                                         v² = ‖m‖²   second-order penalty
     λ* = (1 - Lη)/(Lη) · c/v²                           the top of this parabola
 
-OCC estimates c/v² without computing g or m. δ = log π_θ - log π_old is how much the log-prob of a response token has
-changed since the rollout: δ_RL that of the trunk, δ_MTP that of the heads. λ₊ stands for the unknown (1 - Lη)/(Lη).
+So m helps as far as it points where g points, and costs by its length alone. To find c and v² takes two backward
+passes through the trunk, for g and for m. OCC needs none. A small step along a gradient changes the log-prob of each
+token by the step times that token's own gradient. So the log-probs of the response tokens show, for free, what the
+updates since the rollout have done: δ = log π_θ - log π_old, δ_RL of the trunk, δ_MTP of the heads. Where both have
+changed alike, g and m agree. That compares in the space of log-probs what c compares in the space of parameters:
 
     λ_t = λ₊ · <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)           the least-squares coefficient of δ_RL on δ_MTP
+
+It is a proxy, because δ_MTP also holds what the heads themselves have learnt. λ₊ stands for the factor (1 - Lη)/(Lη),
+which nobody knows while training. In the first update of a rollout every δ is 0, and so is λ_t.
+
+Noise. The formula is for exact gradients. A minibatch has ĝ and m̂, and a step of length η along ĝ + λ m̂ adds on average
+
+    η λ c  -  η² λ E ĝᵀHm̂  -  (η² λ² / 2) E m̂ᵀHm̂         c = <E ĝ, E m̂>, H the Hessian of the policy loss
+
+The first term sees the means, the others see the squares: noise that ĝ and m̂ share, and the noise of m̂. See noisy_terms.
 
 One mechanism serves every regime. The heads read the trunk through three doors: hidden states, embedding rows (not in
 the parallel design) and the unembedding matrix. At each, `scale_grad` multiplies the gradient that enters the trunk by
@@ -19,10 +31,10 @@ the parallel design) and the unembedding matrix. At each, `scale_grad` multiplie
 
 Dimension key: B sequences · K MTP depth · T positions
 
-Differs: λ scales the gradient at the doors. In the authors' code it scales the advantages of the heads inside the clip,
-and it is a mean of per-token ratios; `released_coefficient` has that, for train.py --released.
+Differs: λ scales the gradient at the doors. In the authors' code it scales the advantages of the heads inside the clip.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,107 +43,70 @@ from model import total
 
 
 class Regime(NamedTuple):
-    # what the heads learn by: "ce" cross-entropy · "policy" the clipped policy loss · None: there are no heads
-    heads_loss: str | None
-    # the loss whose gradient is m, which enters the trunk times λ
-    trunk_loss: str | None
-    # what λ is: "cut" 0 · "fixed" --lam · "proxy" an estimate, by --occ_proxy · "exact" λ₊ c/v² of g and m
+    # what the heads learn by, and whose gradient is m: "ce" cross-entropy on the sampled tokens, "policy" the clipped
+    # policy loss, None: there are no heads
+    loss: str | None
+    # λ, how much of m enters the trunk: "zero" nothing, "fixed" --lam, "proxy" λ_t, "exact" λ₊ c/v² of the minibatch
     rule: str
 
 
 REGIMES = {
-    "off": Regime(None, None, "cut"),
-    "detach": Regime("ce", "ce", "cut"),
-    "ce": Regime("ce", "ce", "fixed"),
-    "policy": Regime("policy", "policy", "fixed"),
-    "occ": Regime("policy", "policy", "proxy"),
-    "exact": Regime("policy", "policy", "exact"),
-    # beyond the paper: the heads stay good drafters, while the trunk gets the policy gradient through them
-    "occ-ce": Regime("ce", "policy", "proxy"),
-    "exact-ce": Regime("ce", "policy", "exact"),
+    "off": Regime(None, "zero"),
+    "detach": Regime("ce", "zero"),
+    "ce": Regime("ce", "fixed"),
+    "policy": Regime("policy", "fixed"),
+    "occ": Regime("policy", "proxy"),
+    "exact": Regime("policy", "exact"),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The doors of the trunk
-
-
-class _ScaleGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, lam):
-        ctx.lam = lam
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # A λ of zero lets nothing through, not even 0·inf.
-        return torch.where(ctx.lam == 0, torch.zeros_like(grad), grad * ctx.lam), None
-
-
 def scale_grad(x, lam):
-    """x forward; λ times the gradient backward. lam is a number, where 0 cuts the graph, or a tensor of one element.
+    """x forward; λ times the gradient backward. None leaves the gradient as it is.
 
-    The tensor is read during the backward only. So it may be filled in after the forward, when the log-probs are known.
+    lam is a tensor of one element, which is read during the backward only. So it may be filled in after the forward,
+    when the log-probs are known. A λ of 0 lets nothing through, not even 0·inf.
     """
-    if not isinstance(lam, torch.Tensor):
-        if lam == 0:
-            return x.detach()
-        lam = torch.tensor(float(lam), device=x.device)
-    return _ScaleGrad.apply(x, lam)
+    y = x.view_as(x)
+    if lam is not None and y.requires_grad:
+        y.register_hook(lambda grad: torch.where(lam == 0, 0.0, grad * lam))
+    return y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# λ without a backward pass through the trunk: the proxies
+# λ_t from log-probs
 
 
-def wide(x):
-    """x without its graph, in float64 where the device has it."""
-    return x.detach().double() if x.device.type in ("cpu", "cuda") else x.detach().float()
+def dot(a, b):
+    """<a, b> over all elements of two tensors of one shape, as a tensor; in float64 where the device has it."""
+    assert a.shape == b.shape, f"inner product of {tuple(a.shape)} and {tuple(b.shape)}"
+    dtype = torch.float64 if a.device.type in ("cpu", "cuda") else torch.float32
+    return (a.detach().to(dtype) * b.detach().to(dtype)).sum()
 
 
 def inner(a, b):
-    """<a, b> over all elements of two tensors of one shape, and over all processes."""
-    assert a.shape == b.shape, f"inner product of {tuple(a.shape)} and {tuple(b.shape)}"
-    return total((wide(a) * wide(b)).sum())
+    """`dot` of two tensors of which each process has a share: over all processes."""
+    return total(dot(a, b))
+
+
+def token_deltas(logp_BT, logp_mtp_BKT, mb):
+    """δ_RL and δ_MTP (B, T-1): how log-probs have changed since the rollout, of the tokens that some head scores.
+
+    mb has the log-probs of then, old (B, T-1) and old_mtp (B, K, T-1), and mask_mtp (B, K, T-1). δ_MTP is the mean of
+    the heads that score the token. Both are 0 elsewhere.
+    """
+    depths_BT = mb["mask_mtp"].sum(1)  # how many heads score a token
+    delta_rl_BT = (logp_BT - mb["old"]) * (depths_BT > 0)
+    delta_mtp_BKT = (logp_mtp_BKT - mb["old_mtp"]) * mb["mask_mtp"]
+    delta_mtp_BT = delta_mtp_BKT.sum(1) / depths_BT.clamp(min=1)
+    return delta_rl_BT.detach(), delta_mtp_BT.detach()
 
 
 def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8):
     """λ_t of the paper (§4), a tensor of one element, of any sign. Right after a rollout every δ is 0, and so is λ_t.
 
-    delta_rl and delta_mtp have the same shape and speak of the same tokens. Where there is no token they are 0.
+    delta_rl and delta_mtp have the same shape and are about the same tokens. Where there is no token they are 0.
     """
     return lam_plus * inner(delta_rl, delta_mtp) / (inner(delta_mtp, delta_mtp) + eps)
-
-
-def hidden_coefficient(grad_rl, grad_mtp, lam_plus=1.0, eps=1e-20):
-    """λ from the gradients of both losses at the trunk's final hidden states.
-
-    Not in the paper. Both losses reach the trunk mostly through these states (as in Sener & Koltun 2018, arXiv
-    1810.04650), and to find their gradients there takes no backward pass through the trunk.
-    """
-    return lam_plus * inner(grad_rl, grad_mtp) / (inner(grad_mtp, grad_mtp) + eps)
-
-
-RELEASED_LAM_PLUS = 0.1  # divided by the number of heads, this is λ₊ in the authors' script
-
-
-def released_coefficient(delta_rl_BT, delta_mtp_BT, mask_BT, lam_plus=1.0, eps=1e-8):
-    """λ of each response (B,), as in the authors' code: two neighbouring responses, a micro-batch there, share one.
-
-    It is the mean of δ_RL δ_MTP / (δ_MTP² + ε) over the pair's tokens. Differs: theirs also counts padding, as zeros.
-    """
-    ratio_BT = delta_rl_BT * delta_mtp_BT / (delta_mtp_BT.square() + eps)
-    pairs = zip((ratio_BT * mask_BT).split(2), mask_BT.split(2))
-    mean = torch.stack([ratio.sum() / mask.sum().clamp(min=1) for ratio, mask in pairs])
-    return lam_plus * mean.repeat_interleave(2)[: len(mask_BT)]
-
-
-def token_deltas(logp_BT, old_BT, logp_mtp_BKT, old_mtp_BKT, mask_mtp_BKT):
-    """δ_RL and δ_MTP (B, T-1) of the tokens that some head scores, 0 elsewhere; δ_MTP is the mean of these heads' δ."""
-    depths_BT = mask_mtp_BKT.sum(1)  # how many heads score a token
-    delta_rl_BT = (logp_BT - old_BT) * (depths_BT > 0)
-    delta_mtp_BT = ((logp_mtp_BKT - old_mtp_BKT) * mask_mtp_BKT).sum(1) / depths_BT.clamp(min=1)
-    return delta_rl_BT.detach(), delta_mtp_BT.detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,42 +125,47 @@ def lam_star(c, v2, eta, L):
     return (1 - L * eta) / (L * eta) * c / v2
 
 
+def noisy_terms(lam, c, ghm, mhm, eta):
+    """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain step along ĝ + λ m̂.
+
+    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ and mhm = E m̂ᵀHm̂. Their sum is largest at noisy_lam_star. With exact gradients and
+    H = L·1 this is delta_mtp.
+    """
+    first_order = eta * lam * c
+    shared_noise = -(eta**2) * lam * ghm
+    penalty = -(eta**2) * lam**2 / 2 * mhm
+    return first_order, shared_noise, penalty
+
+
+def noisy_lam_star(c, ghm, mhm, eta):
+    """λ* with noise counted, which maximises the sum of noisy_terms; nan where there is no penalty."""
+    return (c - eta * ghm) / (eta * mhm) if mhm else math.nan
+
+
 def flat_grad(loss, params):
     """d loss / d params, summed over processes, as one flat vector; 0 for parameters not reached. The graph is kept."""
     grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
     return total(torch.cat([grad.flatten() for grad in grads]).detach())
 
 
-def dot(a, b):
-    """<a, b> as a number, of two vectors that every process has whole (`inner` adds up over processes)."""
-    return (wide(a) * wide(b)).sum().item()
-
-
 def exact_terms(g, m, lam_plus=1.0):
-    """c, v², ‖g‖², the cosine of g and m, and λ = λ₊ c/v². What would be a division by 0 is 0."""
-    c = dot(g, m)
-    v2 = dot(m, m)
-    g2 = dot(g, g)
+    """c, v², ‖g‖², the cosine of g and m, and λ = λ₊ c/v², as numbers. What would be a division by 0 is 0."""
+    c, v2, g2 = torch.stack((dot(g, m), dot(m, m), dot(g, g))).tolist()
     cos = c / (g2 * v2) ** 0.5 if g2 * v2 > 0 else 0.0
     lam = lam_plus * c / v2 if v2 > 0 else 0.0
     return {"c": c, "v2": v2, "g2": g2, "cos": cos, "lam_exact": lam}
 
 
-def coefficient(rule, cfg, deltas, losses, h_BTC, trunk):
+def coefficient(rule, cfg, deltas, terms):
     """λ of one minibatch by a regime's rule: a number, or a tensor of one element.
 
-    deltas: (δ_RL, δ_MTP). losses: (loss_rl, loss_mtp), with λ = 1 at the doors. h_BTC: the hidden states at the door.
-    trunk: its parameters. Only "exact" and --occ_proxy hidden differentiate, and they keep the graph.
+    deltas: (δ_RL, δ_MTP). terms: of exact_terms, which only "exact" reads.
     """
     if rule == "fixed":
         return cfg.lam
-    if rule == "exact":
-        g, m = [flat_grad(loss, trunk) for loss in losses]
-        return exact_terms(g, m, cfg.lam_plus)["lam_exact"]
-    if rule == "proxy" and cfg.occ_proxy == "hidden":
-        grads = [torch.autograd.grad(loss, h_BTC, retain_graph=True)[0] for loss in losses]
-        return hidden_coefficient(*grads, cfg.lam_plus)
     if rule == "proxy":
         return logprob_coefficient(*deltas, cfg.lam_plus)
-    assert rule == "cut", f"a rule that nobody wrote: {rule}"
+    if rule == "exact":
+        return terms["lam_exact"]
+    assert rule == "zero", f"a rule that nobody wrote: {rule}"
     return 0.0

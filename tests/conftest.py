@@ -1,6 +1,8 @@
 """What the tests share: the project's root on the path, small models, minibatches of random tokens, and small runs."""
 
+import contextlib
 import functools
+import io
 import os
 import sys
 import zlib
@@ -20,7 +22,7 @@ import eval as evaluation  # noqa: E402
 import mtp  # noqa: E402
 import rl  # noqa: E402
 import train  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPTConfig  # noqa: E402
 
 PLOT = evaluation.plot
 
@@ -35,9 +37,8 @@ def tiny(
     vocab=11, layers=2, channels=16, tied=False, depth=2, design="sequential", block=24, seed=0
 ):
     """A trunk and its heads whose every weight matters: residual projections are zero at initialisation."""
-    torch.manual_seed(seed)
     shape = GPTConfig(vocab, block, layers, 2, channels, tied)
-    model, heads = GPT(shape), mtp.MTPHeads(shape, depth, design)
+    model, heads = mtp.build(shape, depth, design, seed, "cpu")
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         if name.endswith(("attn_out.weight", "mlp_out.weight")):
             torch.nn.init.normal_(p, std=0.2)
@@ -57,7 +58,7 @@ def batch(vocab=11, lengths=((3, 5), (2, 2), (4, 1), (3, 6)), seed=1):
 
 CFG = SimpleNamespace(
     temperature=1.0, logp_impl="naive", updates_per_rollout=2, num_generations=2, max_new_tokens=8,
-    mtp_depth=2, prompts_per_step=3, speculative=False, lam=0.5, lam_plus=1.0, occ_proxy="logprob",
+    prompts_per_step=3, lam=0.5, lam_plus=1.0,
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def config(**changes):
 def minibatches(model, heads, algo="dapo", **changes):
     """The sequences of `batch`, two groups of two, cut into minibatches as in training."""
     tokens, mask = batch()
-    logp, _, _ = mtp.logprobs(model, None, tokens, mask)
+    logp, _ = mtp.logprobs(model, None, tokens, mask)
     samples = {"tokens": tokens, "mask": mask, "logp": logp.detach()}
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5])
     return rl.minibatches(model, heads, samples, adv, rl.ALGOS[algo], config(**changes))
@@ -77,7 +78,7 @@ def minibatches(model, heads, algo="dapo", **changes):
 def minibatch(model, heads, algo="dapo"):
     """All of it as one minibatch, with the log-probs from before an update that then happens."""
     (mb,) = minibatches(model, heads, algo, updates_per_rollout=1)
-    logp, logp_mtp, _ = mtp.logprobs(model, heads, mb["tokens"], mb["mask"])
+    logp, logp_mtp = mtp.logprobs(model, heads, mb["tokens"], mb["mask"])
     mb |= {"old": logp.detach(), "old_mtp": logp_mtp.detach()}
     with torch.no_grad():
         for p in [*model.parameters(), *heads.parameters()]:
@@ -126,7 +127,7 @@ def coin(problem, text):
 def make_quick(monkeypatch):
     """Rewards are a coin, and there are no plots: they are most of a small run's time."""
     monkeypatch.setattr(rl, "is_right", coin)
-    monkeypatch.setattr(evaluation, "plot", lambda folders, path: None)
+    monkeypatch.setattr(evaluation, "plot", lambda folders, path: [])
 
 
 def small_config(folder, name="run", **changes):
@@ -147,10 +148,26 @@ def trained(small):
 
     def run(name="run", **changes):
         cfg = small(name, **changes)
-        assert train.main(cfg) == 0
+        train.main(cfg)
         return cfg
 
     return run
+
+
+def in_this_process(command, **options):
+    """As subprocess.run of our own scripts, without the seconds that torch takes to start."""
+    script, errors, code = Path(command[1]), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", command[1:])
+        try:
+            with evaluation.reporting(script.name):
+                if script == Path(train.__file__):
+                    train.main(*train.command_line(command[2:]))
+                else:
+                    evaluation.main(evaluation.parse(command[2:]))
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stderr=errors.getvalue())
 
 
 def metrics(cfg, clock=False):

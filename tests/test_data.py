@@ -1,12 +1,13 @@
-"""Data sets and the verifier: what files may look like, what is said of wrong ones, fetching, splits, answers.
+"""Data sets and the verifier: what files may look like, which problems are whose, answers.
 
 The real sets are tried too where NANOOCC_DATA names a folder that has them.
 """
 
+import itertools
 import json
 import os
-import random
 import re
+import time
 
 import pytest
 import torch
@@ -17,176 +18,142 @@ import rl
 import train
 
 REAL = os.environ.get("NANOOCC_DATA")
-SIZES = dict(
-    gsm8k_train=7473, gsm8k_test=1319, svamp=1000, math500=500, aime24=30, aime25=30, amc23=40,
-    minerva=272, olympiadbench=675,
-)  # fmt: skip
+SIZES = [7473, 1319, 1000, 2065, 500, 30, 30, 40, 272, 675]  # of rl.PUBLISHED
 
 
-@pytest.fixture(autouse=True)
-def _no_file_is_remembered():
-    for cached in (rl.read_problems, rl.side_of_split, rl.suites_of, rl.longest):
+def forget():
+    """Files are remembered for as long as a program runs."""
+    for cached in (rl.read_problems, rl.side_of_split, rl.suites_of, rl.held_out_problems):
         cached.cache_clear()
 
 
-def write(path, *records):
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
+_each_test_forgets = pytest.fixture(autouse=True)(forget)
 
 
-def sums(count, start=0, working="Add."):
-    records = []
-    for i in range(start, start + count):
-        answer = f"{working}\n#### {2 * i + 1}"
-        records.append({"question": f"What is {i} and {i + 1}, please?", "answer": answer})
-    return records
+def sums(path, count, start=0, working="Add."):
+    """A file of sums. Returns its text."""
+    line = '{"question": "What is %d and 1, please?", "answer": "%s#### %d"}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line % (i, working, i) for i in range(start, start + count)))
+    return path.read_text()
 
 
 @pytest.mark.parametrize("record, prompt, answer", [  # a record, its problem, and its answer
     ({"question": "Two?", "answer": "It is <<1+1=2>>2.\n#### 1,004"}, "Two?", "1,004"),
     ({"question": "a\u2028b", "answer": "#### 18\nAnswer: 18"}, "a\u2028b", "18"),  # no line's end
-    ({"problem": " Half? ", "answer": "\\frac12"}, "Half?", "\\frac12"),
     ({"problem": "p", "question": "q", "answer": 27.0}, "p", "27"),
     ({"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}"}, "p", "\\frac{1}{2}"),
-    ({"problem": "p", "answer": "3", "solution": "so \\boxed{4}"}, "p", "3"),
     ({"question": "q", "final_answer": ["$2$"], "solution": ["long"]}, "q", "$2$"),
+    ({"question": "q", "final_answer": ["$(0,1) \\cup\\{2\\}$."]}, "q", "$(0,1) \\cup\\{2\\}$."),
+    ({"input": " Joan has 2 . ", "target": 43.5}, "Joan has 2 .", "43.5"),  # mawps
     ({"Body": "I have 3", "Question": "How many?", "Answer": 3.0}, "I have 3. How many?", "3"),
+    ({"problem": "p", "answer": "∅"}, "p", "∅"), ({"problem": "p", "answer": "<"}, "p", "<"),
+    ({"problem": "p", "answer": ">"}, "p", ">"), ({"problem": "p", "answer": "-"}, "p", "-"),
 ])  # fmt: skip
-def test_what_a_record_may_look_like(tmp_path, record, prompt, answer):
-    path = write(tmp_path / "some.jsonl", record)
-    (problem,) = rl.read_problems(path)
-    assert problem[:3] == (path, f"{prompt}\n", answer) and rl.is_right(problem, problem.solution)
-    (tmp_path / "array.jsonl").write_text(json.dumps([record], indent=1))
-    assert rl.read_problems(str(tmp_path / "array.jsonl"))[0][1:] == problem[1:]
+def test_what_a_record_may_look_like_and_the_same_text_is_right(tmp_path, record, prompt, answer):
+    lines, array = tmp_path / "lines.jsonl", tmp_path / "array.jsonl"
+    lines.write_text(json.dumps(record))
+    array.write_text(json.dumps([record], indent=1))
+    (problem,), (same,) = rl.read_problems(str(lines)), rl.read_problems(str(array))
+    assert problem[1:3] == (f"{prompt}\n", answer) and problem[1:] == same[1:]
+    for right in (problem.solution, f"\\boxed{{{answer}}}", f"#### {answer}"):
+        assert rl.is_right(problem, right)
+    assert not rl.is_right(problem, f"#### 1{answer}") and not rl.is_right(problem, answer)
 
 
-GOOD = '{"question": "q", "answer": "1"}\n \n'  # with a blank line
-MALFORMED = [  # what a file has, and what is said of it
-    (GOOD + '{"question": "q"', ":3: not JSON"),
-    (GOOD + "[" * 100_000, ":3: not JSON (maximum recursion depth"),
-    (GOOD + '{"id": ' + "7" * 5000 + "}", ":3: not JSON (Exceeds the limit (4300 digits)"),
-    (GOOD + "7", ":3: not a record with a problem and an answer: '7'"),
-    (GOOD + '{"question": "  ", "answer": "1"}', ':3: no text in "problem" or "question"'),
-    (GOOD + '{"question": "q"}', ':3: no answer in "answer"'),
-    (GOOD + '{"question": "q", "answer": "think\\n####"}', ':3: no answer in "answer"'),
-    (GOOD + '{"question": "q", "answer": [1]}', ':3: no answer in "answer"'),
-    ("\n", ": no problems"),
-    ("[1, 2", ": not JSON"),
-    ("\xff\xfe", ": cannot be read: "),  # not UTF-8
-]
-
-
-@pytest.mark.parametrize("content, said", MALFORMED, ids=[said for _, said in MALFORMED])
-def test_a_malformed_line_is_named_and_blank_ones_are_skipped(tmp_path, content, said):
+@pytest.mark.parametrize("said, content", [  # what is said of a third line
+    (":3: not JSON (maximum recursion", "[" * 100_000), (":3: not a record", "7"),
+    (":3: not JSON (Exceeds the limit (4300 digits)", '{"id": ' + "7" * 5000 + "}"),
+    (':3: no text in "problem", "question" or "input"', '{"question": "  ", "answer": "1"}'),
+    (':3: no answer in "answer"', '{"question": "q", "answer": "think\\n####"}'),
+    (':3: "answer" is nan; allowed: finite numbers', '{"question": "q", "answer": NaN}'),
+    (':3: "answer" is inf; ', '{"question": "q", "answer": 1e400}'), (": cannot be read", "\xff"),
+], ids=itertools.count())  # fmt: skip
+def test_a_malformed_line_is_named_and_blank_ones_are_skipped(tmp_path, said, content):
     path = tmp_path / "some.jsonl"
-    with pytest.raises(ValueError, match="some.jsonl: cannot be read: .*No such file"):
-        rl.suites_of(str(path))
-    path.write_text(content, encoding="latin-1")
+    path.write_text('{"question": "q", "answer": "1"}\n \n' + content, encoding="latin-1")
     with pytest.raises(ValueError, match=re.escape(f"{path}{said}")):
         rl.suites_of(str(path))
 
 
-def test_what_is_missing_is_fetched_and_half_a_file_is_not_kept(tmp_path, monkeypatch):
-    home, data = tmp_path / "home.jsonl", tmp_path / "data"
-    write(home, *sums(3))
-    monkeypatch.setattr(rl, "GITHUB", "")
-    monkeypatch.setitem(rl.PUBLISHED, "gsm8k_train", home.as_uri())
-    assert rl.suites_of("gsm8k", str(data)) == [str(data / "gsm8k_train.jsonl")]
-    assert (data / "gsm8k_train.jsonl").read_bytes() == home.read_bytes()
-    (data / "gsm8k_train.jsonl").unlink()
-    home.write_text('{"question": "q", "ans')
-    rl.suites_of.cache_clear()
-    said = "not fetched .*:1: not JSON.*; put it there by hand, from file:"
-    with pytest.raises(ValueError, match=said):
-        rl.suites_of("gsm8k", str(data))
-    assert os.listdir(data) == []
+def score(cfg, *flags):
+    args = evaluation.parse(["score", cfg.out, "--k", "2", "--problems", "2", *flags])
+    return "\n".join(evaluation.score(args))
 
 
-def test_one_problem_in_eight_is_held_out_whatever_the_file(tmp_path):
-    a = write(tmp_path / "a.jsonl", *sums(400))
-    b = write(tmp_path / "b.jsonl", *sums(400, start=200))
-    out, rest = ({p.prompt for p in rl.side_of_split(a, held_out)} for held_out in (True, False))
-    assert len(out) + len(rest) == 400 and 25 < len(out) < 80
-    assert not out & {p.prompt for p in rl.side_of_split(b, False)}
-    rng = random.Random(0)
-    assert {rl.draw_problem(a, 2, rng).prompt for _ in range(500)} <= rest
-    assert {p.prompt for p in rl.held_out_problems(a, 2, 1000)} == out
-
-
-def test_problems_in_common_are_counted_and_refused(tmp_path):
-    trained = write(tmp_path / "trained.jsonl", *sums(10))
-    changed = sums(4, start=7)
-    for record in changed:
-        record["question"] = record["question"].upper().replace(", ", "  ")
-    other = write(tmp_path / "other.jsonl", *changed)
-    said = "3 of its 4 problems are in .*trained.jsonl, which the run was"
-    with pytest.raises(ValueError, match=said):
-        rl.check_apart(["add", trained], ["mul", other])
-    rl.check_apart([trained], [write(tmp_path / "apart.jsonl", *sums(4, start=10)), "add"])
-
-
-SAME = [("What is 2, please?", "what is  2 please"), ("Find $x$.", "Find x"), ("1 - 3", "1\u22123")]
-DIFFERENT = [
-    ("Compute 12-3.", "Compute 1-23."), ("gcd(1, 23)", "gcd(12, 3)"), ("-5", "5"), ("x y", "xy"),
-    ("1.25+3", "12.5+3"), ("f(1,25)", "f(12,5)"), ("a/b", "a b"), ("x^{12}", "x^{1}2"),
-    ("1 000", "10 00"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("a, b", SAME + DIFFERENT)
-def test_which_problems_are_the_same(a, b):
-    assert (rl.normal(a) == rl.normal(b)) == ((a, b) in SAME)
-
-
-def test_a_run_on_a_file_and_its_scores(small, tmp_path):
-    trained = write(tmp_path / "trained.jsonl", *sums(60))
-    other = write(tmp_path / "minerva.jsonl", *sums(3, start=60))
-    cfg = small(task=f"{trained},add", difficulty=1, max_new_tokens=24)
+def test_known_sets_are_fetched_and_what_was_trained_on_is_not_scored(small, tmp_path, monkeypatch):
+    for i, path in enumerate(rl.PUBLISHED.values()):
+        sums(tmp_path / "github" / path, 60, 100 * i)
+    (tmp_path / "github" / rl.PUBLISHED["aime25"]).unlink()
+    monkeypatch.setattr(rl, "GITHUB", f"{tmp_path.as_uri()}/github/")
+    data = tmp_path / "data"
+    files = [f"{data}/{name}.jsonl" for name in ("gsm8k_train", "svamp", "mawps")]
+    assert rl.suites_of("gsm8k,svamp,mawps", str(data)) == files
+    with pytest.raises(ValueError, match="--task aime24: .* score RUN --suite aime24"):
+        rl.suites_of("competition", str(data))
+    with pytest.raises(ValueError, match="aime25.jsonl: not there, and not fetched .* by hand"):
+        rl.suites_of("competition", str(data), scoring=True)
+    cfg = small(task="svamp,add", data_dir=str(data), max_new_tokens=14, steps=2)
     train.main(cfg)
-    assert {"eval/trained", "eval/add"} < set(evaluation.read_metrics(cfg.out)[1][-1])
-
-    def score(*flags):
-        args = evaluation.parse(["score", cfg.out, "--k", "2", *flags])
-        return "\n".join(evaluation.score(args))
-
-    own = score("--problems", "2")
-    assert "| trained | 2 | " in own and "| add | 2 | " in own and "Competition" not in own
-    others = score("--suite", f"{other},mul", "--problems", "2", "--max_new_tokens", "8")
-    assert "| minerva | 2 | " in others and "| mul | 2 | " in others
-    assert "Competition problems are far" in others
-    with pytest.raises(ValueError, match="60 of its 60 problems are in"):
-        score("--suite", trained)
-    long = write(tmp_path / "long.jsonl", {"problem": "word " * 200, "answer": "7"})
-    assert "long: 1 prompts are longer than the" in score("--suite", long)  # only its end is read
+    header, records = evaluation.read_metrics(cfg.out)
+    assert header["data"] == {files[1]: rl.digest(files[1])}
+    assert {"eval/svamp", "eval/add"} < set(records[-1]) and "| svamp | 2 | " in score(cfg)
+    others = score(cfg, "--suite", "gsm8k,mawps,mul,aime24", "--max_new_tokens", "8")
+    for name in ("gsm8k_test", "mawps", "mul", "aime24"):
+        assert f"| {name} | 2 | " in others
+    other = tmp_path / "other.jsonl"
+    other.write_text(sums(other, 4, 257).replace("What", "WHAT "))  # svamp has 200 to 259
+    with pytest.raises(ValueError, match="other.jsonl: 3 of its problems are in .*svamp.jsonl"):
+        score(cfg, "--suite", str(other))
 
 
-def test_a_base_is_shared_by_regimes_and_by_nothing_else(small, tmp_path):
+def test_a_run_is_bound_to_its_data(small, tmp_path, capsys):
+    path = tmp_path / "own.jsonl"
+    text, cfg = sums(path, 60), small(task=str(path), max_new_tokens=14, steps=2)
+    train.main(cfg)
+    for changed in (text + text.splitlines()[0], text.replace("What", "Whut"), None):
+        path.write_text(changed) if changed else path.unlink()
+        forget()
+        with pytest.raises(ValueError, match=f"{path}: [^\n]+$"):
+            train.main(*train.command_line(["--resume", cfg.out]))
+        with pytest.raises(ValueError, match=f"{path}: [^\n]+$"):
+            score(cfg)
+        evaluation.main(evaluation.parse(["sample", cfg.out, "1+1=", "--k", "1"]))
+        assert "'1+1=' -> " in capsys.readouterr().out
+
+
+def test_solutions_that_are_cut_off_are_counted_and_most_are_refused(tmp_path, small, capsys):
+    path, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    longer = sums(other, 19, 30, "Add these numbers.").replace("What", "Tell me what", 1)
+    path.write_text(sums(path, 30) + longer + sums(other, 1, 9, "Add both of these numbers."))
+    train.main(small(task=str(path), max_new_tokens=12, steps=1))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "longest" in line]
+    at, count = re.escape(str(path)), "20 of 50 solutions"
+    assert re.search(f"prompt .*34 tokens .{at}:31., .*solution 33 .{at}:50.; {count}", line)
+    with pytest.raises(ValueError, match=f"--max_new_tokens 11: must be 33 or more .*{at}"):
+        train.main(small("few", task=str(path), max_new_tokens=11))
+
+
+def test_a_base_is_shared_by_regimes_and_by_nothing_else(small, tmp_path, monkeypatch):
     def bases(working="Add.", **changes):
-        task = write(tmp_path / "a.jsonl", *sums(40, working=working))
-        cfg = small(task=task, max_new_tokens=32, **changes)
-        train.pretrained(cfg, torch.device("cpu"))
+        forget()
+        sums(tmp_path / "a.jsonl", 40, working=working)
+        cfg = small(task=str(tmp_path / "a.jsonl"), pretrain_steps=1, **changes)
+        train.pretrained(cfg, train.gpt.GPTConfig(257, 64, 1, 2, 16), torch.device("cpu"))
         return len(list((tmp_path / "base").iterdir()))
 
-    assert bases() == bases(regime="detach", lr=1e-5) == 1
-    assert bases(seed=1) == 2
-    assert bases(careless=0.1) == 3
-    assert bases(working="First, add.") == 4
+    assert bases() == bases(regime="detach", lr=1e-5) == bases(regime="off", algo="gspo") == 1
+    assert bases(seed=1) == 2 and bases(careless=0.1) == 3 and bases(working="Sum.") == 4
+    monkeypatch.setattr(train.gpt, "matmul_dtype", lambda device, channels: torch.bfloat16)
+    assert bases() == 5
 
 
 @pytest.mark.parametrize("text, answer", [
-    ("3+4 = 7\n#### 7", "7"),
-    ("#### 1\n#### 2 \nthanks", "2"),  # the last one
-    ("12#####3", "3"),
+    ("#### 1\n#### 2 \nthanks", "2"), ("the answer is 7", None), ("####", None),
     ("so \\boxed{\\frac{1}{2}} and #### 3", "\\frac{1}{2}"),  # a box wins; braces match
-    ("\\boxed{1} then \\boxed{2}", "2"),
-    ("\\boxed{1} then \\boxed{2", "1"),  # the last one is cut off
+    ("\\boxed{1} then \\boxed{2}", "2"), ("\\boxed{1} then \\boxed{2", "1"),  # cut off
     ("\\boxed{5}. One puts it in \\boxed{}, or \\boxed as here", "5"),  # which only mentions one
-    ("so $\\boxed 5$", "5"),
-    ("Answer: 12\nAnswer: 13", "13"),
-    ("***Answer***: **$42$**.", "$42$"),
-    ("the answer is 7", None),  # never the whole text
-    ("####", None),
+    ("so $\\boxed 5$", "5"), ("Answer\uff1a42", "42"), ("***Answer***: **$42$**.", "$42$"),
 ])  # fmt: skip
 def test_extract_answer(text, answer):
     assert rl.extract_answer(text) == answer
@@ -194,53 +161,49 @@ def test_extract_answer(text, answer):
 
 def test_no_wrong_answer_is_accepted_and_numbers_are_equal_however_they_are_written():
     lines = (ROOT / "tests" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    wrong, numbers, misjudged = 0, 0, []
+    numbers, misjudged = 0, []
     for gold, answer, right, kind in map(json.loads, lines):
-        equal = rl.answers_equal(gold, answer)
+        equal, number = rl.answers_equal(gold, answer), rl.read_number(gold) is not None
         assert right or not equal, (gold, answer)
-        wrong += not right
-        if rl.read_number(rl.tidied(gold)):
-            numbers += 1
-            misjudged += [(gold, answer)] if equal != right else []
-    assert len(lines) >= 400 and wrong >= 150 and numbers >= 200
-    assert len(misjudged) <= 0.01 * numbers, misjudged
-    assert rl.read_number("2 -1/3") is None  # a difference
+        numbers += number
+        misjudged += [answer] if number and equal != right else []
+    # right, but refused: its degrees are a superscript, no unit
+    assert numbers >= 200 and misjudged == [r"\frac{270}{7}^\circ"]
 
 
 @pytest.mark.parametrize("gold, same", (
-    ("Blue  Whale", "blue whale"), ("(3,4)", "$(3,4)$"), ("x+1", "x+1."),  # compared as text
-    ("2/3", "-6/-9"), ("1/3", r"-\frac{-1}{3}"), ("-2/3", "2/-3"), ("-1/3", r"\frac{-1}{3}"),
+    ("(3,4)", "$(3,4)$"), ("x+1", " x+1"), ("2/3", "-6/-9"), ("1/3", r"-\frac{-1}{3}"),
+    ("-2/3", "2/-3"), ("-1/3", r"\frac{-1}{3}"), ("-1/3", r"\frac{1}{-3}"),
+    ("1500", "1.5⋅10^3"), ("2602", "2\u202f602"), ("2602", "2\u00a0602"),
 ))  # fmt: skip
 def test_equal_answers_and_their_neighbours(gold, same):
-    """A minus below the line counts."""
     assert rl.answers_equal(gold, same)
     for different in (f"-{gold}", f"{same}0", None):
         assert not rl.answers_equal(gold, different)
 
 
 @pytest.mark.parametrize("text", [
-    "9**9**9**9", "(" * 10_000, "[" * 10_000 + "]" * 10_000, "1e999999999", "1E-999999999",
-    "10^{999999999}", "9" * 1_000_000, "0." + "0" * 1_000_000 + "1", "9" * 499, "exec('x=1')",
-    "__import__('os').system('false')", "1," * 249, "\\frac" * 99, "{" * 20 + "\\frac" * 50,
-    "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400, "\u00bd" * 400, "\u0663", "\\text{" * 80,
-    "1 1/1 " * 80, "a" * 499, "1" + " " * 497 + "/", "\\boxed{" * 10_000, "^{" * 10 + "1" * 400,
-    "\x00" * 499, "\ud800", "*" * 499, "**" * 240, "#" * 100_000, "answer" * 20_000,
-    "Answer:" * 10_000, "1e9999", "$" * 499,
-], ids=lambda text: f"{text[:12]!r} {len(text)}")  # fmt: skip
-def test_hostile_text_is_neither_accepted_nor_evaluated(text):
-    """A regular expression that backtracks without end, or a number that is written out, would never return."""
-    for gold in ("7", "\\frac{1}{2}", "(3,4]", "x"):
+    "9**9**9**9", "(" * 10_000, "1e999999999", "10^{999999999}", "9" * 1_000_000, "1e9999",
+    "0." + "0" * 1_000_000 + "1", "9" * 499, "__import__('os').system('false')", "1," * 249,
+    "\\frac" * 99, "{" * 20 + "\\frac" * 50, "10\u2075", "x\u2074", "\u2460", "\ufdfa" * 400,
+    "\u00bd" * 400, "\u0663", "\\text{" * 80, "1 1/1 " * 80, "1" + " " * 497 + "/", "\x00" * 499,
+    "\\boxed{" * 10_000, "^{" * 10 + "1" * 400, "\ud800", "**" * 240, "#" * 100_000,
+    "answer" * 20_000, "Answer:" * 10_000, "$" * 499,
+], ids=itertools.count())  # fmt: skip
+def test_hostile_text_is_neither_accepted_nor_evaluated_in_50_ms(text):
+    began = time.process_time()
+    for gold in ("7", "\\frac{1}{2}", "(3,4]"):
         assert not rl.answers_equal(gold, text)
-        assert not rl.answers_equal(gold, rl.extract_answer(f"\\boxed{{{text}"))
-        assert not rl.answers_equal(gold, rl.extract_answer(f"#### {text}"))
+        for mark in ("\\boxed{", "#### "):
+            assert not rl.answers_equal(gold, rl.extract_answer(mark + text))
     rl.answers_equal(text, text[:-1])
-    rl.extract_answer(text)
+    assert time.process_time() - began < 0.05
 
 
 @pytest.mark.skipif(not REAL, reason="NANOOCC_DATA names no folder with the real sets")
 def test_the_real_sets_judge_themselves_and_share_nothing():
-    for name, size in SIZES.items():
+    for name, size in zip(rl.PUBLISHED, SIZES, strict=True):
         problems = rl.read_problems(f"{REAL}/{name}.jsonl")
         assert len(problems) == size and all(rl.is_right(p, p.solution) for p in problems)
-        if name != "gsm8k_train":
-            rl.check_apart([f"{REAL}/gsm8k_train.jsonl"], [f"{REAL}/{name}.jsonl"])
+    first, *others = (f"{REAL}/{name}.jsonl" for name in rl.PUBLISHED)
+    rl.check_apart([first], others)

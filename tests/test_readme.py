@@ -1,78 +1,70 @@
-"""What the README says exists: its commands parse, its keys are those that runs log, its code and tests are there."""
+"""What the README says exists: its commands parse, and what it names and links to is there."""
 
+import ast
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, metrics
 
 import eval as evaluation
-import mtp
-import occ
-import rl
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = "model occ mtp rl eval train".split()  # each imports only from those before it
 
 
 def commands():
-    """The lines of its code blocks that run something, as lists of words."""
-    found = []
-    for block in re.findall(r"^```\n(.*?)^```", README, re.M | re.S):
-        for line in block.splitlines():
-            for part in line.split("  #")[0].split(" && "):
-                if part.startswith(("python", "pip", "torchrun")):
-                    found.append(shlex.split(part))
-    return found
+    """What its blocks and lines of code run, as lists of words."""
+    runs = re.findall(r"(?:^|&& |`)((?:python|pip|torchrun) .*?)(?= && |`|$)", README, re.M)
+    return [shlex.split(run, comments=True) for run in dict.fromkeys(runs)]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_parses(command, trained, monkeypatch):
-    if "train.py" in command:
-        if "--resume" in command:
-            cfg, read = trained(), evaluation.read_run
-            monkeypatch.setattr(evaluation, "read_run", lambda folder: read(cfg.out))
-        train.command_line(command[command.index("train.py") + 1 :])
-    elif "eval.py" in command:
-        evaluation.parse(command[2:])
-    elif command[0] == "pip":
-        assert (ROOT / command[-1]).exists()
-    else:
-        assert command == "python -m pytest -q tests".split() or (ROOT / command[1]).exists()
+    file = next(word for word in command if word.endswith((".py", ".txt", "tests")))
+    arguments = command[command.index(file) + 1 :]
+    assert (ROOT / file).exists()
+    if "--resume" in command:
+        cfg, read = trained(), evaluation.read_run
+        monkeypatch.setattr(evaluation, "read_run", lambda folder: read(cfg.out))
+    if file in ("train.py", "eval.py"):
+        (train.command_line if file == "train.py" else evaluation.parse)(arguments)
 
 
-def test_every_logged_key_is_in_the_table_and_the_other_way_round(trained):
-    logged = set()
-    for record in metrics(trained(algo="grpo", speculative=True), clock=True):
-        for key in record:
-            key = re.sub(r"_1$", "_k", key)
-            logged.add("eval/<suite>" if key.removeprefix("eval/") in rl.SUITES else key)
-    table = README[README.index("## What a run logs") : README.index("## Differences")]
-    written = set()
-    for row in re.findall(r"^\| (`.*?) \|", table, re.M):
-        written |= set(re.findall(r"`(.*?)`", row))
-    assert logged == written
+def test_what_is_named_and_linked_exists(trained):
+    """Functions and tests, files, and the keys of the table of what a run logs."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    exist = {f"{name}.{x}" for name in FILES for x in vars(__import__(name))}
+    exist |= set(re.findall(r"^def (test_\w+)\(", tests, re.M))
+    named = set(re.findall(rf"`((?:{'|'.join(FILES)})\.(?!py\b)\w+|test_\w+)`", README))
+    assert len(named) >= 10 and named <= exist, named - exist
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)|`(\.github/[^`]+)`", README):
+        assert (ROOT / "".join(link)).exists(), link
+    logged = set().union(*metrics(trained(algo="grpo"), clock=True))
+    for key in re.findall(r"`(?!out/|tests/)([a-z_]+/[\w<>]+)`", README):  # <suite>, _k: any
+        pattern = re.sub(r"<\w+>|_k$", r"\\w+", key)
+        assert any(re.fullmatch(pattern, name) for name in logged), key
 
 
-def test_paper_code_and_test_names_exist():
-    table = README[README.index("## Paper, code, test") : README.index("## Commands")]
-    modules = {"occ": occ, "rl": rl, "mtp": mtp, "eval": evaluation, "train": train}
-    named = re.findall(r"`(occ|rl|mtp|eval|train)\.(?!py`)(\w+)`", table)
-    assert len(named) >= 9 and all(hasattr(modules[file], name) for file, name in named)
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", table)
-    assert len(named) >= 8 and all(f"def {name}(" in tests for name in named)
+@pytest.mark.parametrize("name", FILES)
+def test_sources_import_downwards_and_name_encodings(name):
+    """Without an encoding a file has the machine's; torch reads OMP_WAIT_POLICY when imported."""
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):  # inside functions, too
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported = {alias.name for alias in node.names} | {getattr(node, "module", "")}
+            assert not imported & set(FILES[FILES.index(name) :]), ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            opens = re.search(r"\b(open|read_text|write_text)$", ast.unparse(node.func))
+            assert not opens or "encoding" in {keyword.arg for keyword in node.keywords}
+    first = source.find('"OMP_WAIT_POLICY", "PASSIVE"')
+    assert name not in ("eval", "train") or 0 < first < source.index("\nimport torch")
 
 
-def test_nothing_imports_upwards_and_sources_do_not_depend_on_the_machine():
-    """Files opened without an encoding take the machine's, and torch reads OMP_WAIT_POLICY when it is imported."""
-    order = ["model", "occ", "mtp", "rl", "eval", "train"]
-    for i, name in enumerate(order):
-        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) & set(order)
-        assert imported <= set(order[:i]), name
-        for line in source.splitlines():
-            if re.search(r" open\(|\.read_text\(|\.write_text\(", line):
-                assert "encoding=" in line, f"{name}.py: {line}"
-        if name in ("eval", "train"):
-            assert source.index('"OMP_WAIT_POLICY", "PASSIVE"') < source.index("\nimport torch")
+def test_importing_runs_nothing(tmp_path):
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import {', '.join(FILES)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr, [*tmp_path.iterdir()]) == (0, b"", b"", [])

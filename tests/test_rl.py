@@ -1,126 +1,101 @@
-"""Problems, advantages, losses and minibatches, each against arithmetic done by hand."""
+"""Problems, advantages, losses, minibatches and one step, each against arithmetic done by hand."""
 
+import math
 import random
 import re
 
 import pytest
 import torch
-from conftest import batch, config, minibatch, minibatches, rows_of, tiny, wider
+from conftest import batch, coin, config, minibatches, rows_of, small_config, tiny, wider
+from torch.testing import assert_close as close
 
-import model as gpt
 import mtp
+import occ
 import rl
 
 
-def test_the_tokenizer_of_bytes():
-    tok, text = rl.get_tokenizer("bytes"), "Größe: 3/4 <|endoftext|>"
-    assert tok.encode_ordinary(text) == list(text.encode())
-    assert tok.decode(tok.encode_ordinary(text)) == text
-    assert tok.eot_token == 256 and tok.n_vocab == 257
-
-
 def solved(prompt):
-    """The answer of a prompt by Python's own arithmetic; numbers stand lowest digit first."""
-    numbers = [int(digits[::-1]) for digits in re.findall(r"\d+", prompt)]
-    if "x" in prompt:  # a x + b = c
-        return (numbers[2] - numbers[1]) // numbers[0]
-    for sign, operation in (("-", int.__sub__), ("*", int.__mul__), ("%", int.__mod__)):
-        if sign in prompt:
-            return operation(*numbers)
-    return sum(numbers)
+    """The answer by Python's own arithmetic; numbers stand lowest digit first."""
+    text = re.sub(r"\d+", lambda number: str(int(number[0][::-1])), prompt[:-1])
+    if "x" not in text:
+        return eval(text)
+    a, b, c = map(int, re.findall(r"\d+", text))  # a x + b = c
+    return (c - b) // a
 
 
 @pytest.mark.parametrize("suite", rl.SUITES)
 @pytest.mark.parametrize("difficulty", (1, 2, 8))
-def test_gold_answers_are_right_and_problems_have_one_width(suite, difficulty):
-    rng, widths = random.Random(0), set()
-    for _ in range(200):
-        p = rl.draw_problem(suite, difficulty, rng)
-        assert int(p.answer) == solved(p.prompt), p
-        assert rl.is_right(p, p.solution)
-        widths.add((len(p.prompt), len(p.solution)))
-    assert widths == {rl.longest(suite, difficulty, None)[:2]}
-
-
-def test_careless_solutions_are_wrong_about_as_often_as_said():
-    rng = random.Random(0)
-    for suite in rl.SUITES:
-        wrong = {}
-        for share in (0.5, 1.0):
-            problems = [rl.draw_problem(suite, 2, rng, careless=share) for _ in range(1500)]
-            wrong[share] = sum(not rl.is_right(p, p.solution) for p in problems) / 1500
-        assert 0.1 < wrong[1.0] < 0.9  # each suite has a place to slip
-        assert wrong[0.5] == pytest.approx(wrong[1.0] / 2, abs=0.06)
-
-
-def test_training_and_held_out_problems_are_disjoint():
-    """47 + 85 and 85 + 47 are one problem."""
-    for suite in rl.SUITES:
-        rng = random.Random(1)
-        train = {rl.draw_problem(suite, 2, rng).prompt for _ in range(5000)}
-        held_out = {p.prompt for p in rl.held_out_problems(suite, 2, 64)}
-        if suite == "add":
-            held_out |= {"+".join(reversed(p[:-1].split("+"))) + "=" for p in held_out}
-        assert len(held_out) >= 64 and not train & held_out
+def test_suites(suite, difficulty):
+    """Golds are right, widths equal, training problems not held out, as many careless as said."""
+    some = [rl.SUITES[suite](random.Random(i).randrange, difficulty, int)[0] for i in range(300)]
+    sides = [rl.is_held_out(prompt) for prompt in some]
+    assert 0 < sum(sides) < 100  # else what follows would never end
+    for side, prompt in zip(sides, some):  # 47+85 is on the side of 85+47
+        assert side == rl.is_held_out(re.sub(r"(\d+)\+(\d+)=", r"\2+\1=", prompt))
+    rng, wrong, held_out = random.Random(0), {}, rl.held_out_problems(suite, difficulty, 32)
+    problems = held_out + [rl.draw_problem(suite, difficulty, rng) for _ in range(300)]
+    assert len({p.prompt for p in held_out}) == len(held_out) <= 32
+    assert len({(len(p.prompt), len(p.solution)) for p in problems}) == 1
+    for p in problems:
+        assert int(p.answer) == solved(p.prompt) and rl.is_right(p, p.solution), p
+        assert rl.is_held_out(p.prompt) == (p in held_out)
+    for share in (0.5, 1.0):
+        drawn = [rl.draw_problem(suite, difficulty, rng, careless=share) for _ in range(1000)]
+        wrong[share] = sum(not rl.is_right(p, p.solution) for p in drawn) / 1000
+    assert wrong[1.0] > 0.1 or (suite, difficulty) == ("sub", 1)  # which has nothing to borrow
+    assert wrong[0.5] == pytest.approx(wrong[1.0] / 2, abs=0.06)
 
 
 def test_advantages_by_hand():
+    """Groups of equal rewards get exactly 0, also where their mean is not exactly the reward."""
     reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
     group = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.25, 0.25, 0.25, -0.75]])
-    std = torch.tensor([[3**-0.5], [0.5]])
-    by_hand = {"group": group, "group_std": group / (std + 1e-6), "batch": reward - 5 / 8}
+    others = torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3], [1 / 3, 1 / 3, 1 / 3, -1]])
+    std, by_hand = torch.tensor([[3**-0.5], [0.5]]), {"group": group, "others": others}
+    by_hand |= {"group_std": group / (std + 1e-6), "batch": reward - 5 / 8}
     for kind, expected in by_hand.items():
-        torch.testing.assert_close(rl.advantages(reward, kind), expected)
+        close(rl.advantages(reward, kind), expected)
+        equal = rl.advantages(torch.tensor([[0.01], [0.3], [1.0]]).expand(3, 12), kind)
+        assert (equal == 0).all() or kind == "batch"
 
 
-@pytest.mark.parametrize("value", (0.0, 0.01, 0.3, 1.0))
-@pytest.mark.parametrize("kind", ("group_std", "group"))
-def test_equal_groups_get_exactly_zero(kind, value):
-    reward = torch.full((3, 12), value)
-    reward[2, 0] += 1
-    adv = rl.advantages(reward, kind)
-    assert (adv[:2] == 0).all() and (adv[2] != 0).all()
-
-
-LENGTHS = (5, 1, 3, 4)
+LENGTHS, ADV = (5, 1, 3, 4), torch.tensor([1.0, -0.5, -1.2, 0.7])
 PAPERS = {  # advantage; what the loss is a mean over; clip below and above
     "reinforce": ("batch", "token", 0.0, 0.0),
+    "rloo": ("others", "token", 0.2, 0.2),
     "grpo": ("group_std", "sequence", 0.2, 0.2),
     "drgrpo": ("group", "constant", 0.2, 0.2),
     "dapo": ("group_std", "token", 0.2, 0.28),
     "gspo": ("group_std", "sequence", 3e-4, 4e-4),
+    "cispo": ("group_std", "token", 1.0, 0.28),
 }
 
 
-def loss_by_hand(name, case, max_new_tokens=8):
+def loss_by_hand(name, case):
     """The loss of each method, token by token, from its paper; sequences start in column 0."""
     _, mean_over, low, high = PAPERS[name]
     logp, loss = case["logp"], 0.0
-    for b, n in enumerate(LENGTHS):
-        a, log_ratio = case["adv"][b], (logp - case["old"])[b, :n]
-        weight = {"token": 1 / 13, "sequence": 1 / n / 4, "constant": 1 / (4 * max_new_tokens)}
+    for b, (n, a) in enumerate(zip(LENGTHS, ADV)):
+        log_ratio = (logp - case["old"])[b, :n]
+        weight = {"token": 1 / 13, "sequence": 1 / n / 4, "constant": 1 / (4 * 8)}[mean_over]
         for t in range(n):
             ratio = torch.exp(log_ratio.mean() if name == "gspo" else log_ratio[t])
-            objective = min(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
-            if a < 0:
-                objective = max(objective, 10 * a)
-            if name == "reinforce":
-                objective = a * logp[b, t]
+            clipped = ratio.clamp(1 - low, 1 + high)
+            objective = max(min(ratio * a, clipped * a), 10 * min(a, 0 * a))
+            if name in ("reinforce", "cispo"):
+                objective = a * logp[b, t] * (clipped.detach() if name == "cispo" else 1)
             if name == "grpo":
                 r = torch.exp(case["ref"][b, t] - logp[b, t])
                 objective = objective - 0.04 * (r - 1 - torch.log(r))
-            loss = loss - weight[mean_over] * objective
+            loss = loss - weight * objective
     return loss
 
 
 def loss_case(spread=1.5):
-    g = torch.Generator().manual_seed(0)
-    old = -torch.rand(4, 5, generator=g) * 3
-    logp = (old + spread * torch.randn(4, 5, generator=g)).requires_grad_()
-    ref = old + 0.3 * torch.randn(4, 5, generator=g)
-    mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
-    adv = torch.tensor([1.0, -0.5, -1.2, 0.7])
-    return {"logp": logp, "old": old, "ref": ref, "adv": adv, "mask": mask}
+    old = -torch.rand(4, 5) * 3
+    logp = (old + spread * torch.randn(4, 5)).requires_grad_()
+    case = {"logp": logp, "old": old, "ref": old + 0.3 * torch.randn(4, 5), "adv": ADV}
+    return case | {"mask": torch.arange(5) < torch.tensor(LENGTHS)[:, None]}
 
 
 def weights_of(name, case):
@@ -128,170 +103,148 @@ def weights_of(name, case):
 
 
 def whole_loss(name, case):
-    mb = {"weight": weights_of(name, case)} | case
-    return rl.trunk_policy_loss(case["logp"], mb, rl.ALGOS[name])
+    return rl.trunk_loss(case["logp"], {"weight": weights_of(name, case)} | case, rl.ALGOS[name])
 
 
 @pytest.mark.parametrize("spread", (0.05, 3.0))  # inside the clip; far beyond it and the dual clip
 @pytest.mark.parametrize("name", rl.ALGOS)
 def test_losses_by_hand(name, spread):
-    case = loss_case(spread)
-    assert rl.ALGOS[name].advantage == PAPERS[name][0]
+    """Independent of padding, order and shares; finite where nothing is, or too much."""
+    case, algo = loss_case(spread), rl.ALGOS[name]
     loss, expected = whole_loss(name, case), loss_by_hand(name, case)
-    torch.testing.assert_close(loss, expected)
-    grads = [torch.autograd.grad(x, case["logp"])[0] for x in (loss, expected)]
-    torch.testing.assert_close(*grads)
-
-
-def test_the_metrics_count_what_is_clipped():
-    case = loss_case(spread=3.0)
-    logp, old, adv, mask = case["logp"], case["old"], case["adv"], case["mask"]
-    metrics = rl.ratio_metrics("x", logp, old, adv, mask, rl.ALGOS["dapo"])
-    ratio, worse, better = (logp - old).exp(), mask & (adv[:, None] < 0), mask & (adv[:, None] > 0)
-    assert metrics["x/clip_frac_low"] == (ratio[worse] < 0.8).sum().item() / 13 > 0
-    assert metrics["x/clip_frac_high"] == (ratio[better] > 1.28).sum().item() / 13 > 0
-    assert metrics["x/ratio_max"] == pytest.approx(ratio[mask].max().item())
-    assert (ratio[worse] > 10).any()  # the case goes beyond the dual clip too
-
-
-@pytest.mark.parametrize("name", rl.ALGOS)
-def test_losses_do_not_depend_on_padding_order_or_shares(name):
-    case = loss_case()
-    loss = whole_loss(name, case)
+    got, by_hand = (torch.autograd.grad(x, case["logp"])[0] for x in (loss, expected))
+    close((loss, got), (expected, by_hand))
+    assert algo.advantage == PAPERS[name][0]
+    assert name != "cispo" or (got[case["mask"]] != 0).all()  # of clipped tokens, too
     for other in (wider(case), rows_of(case, [2, 0, 3, 1])):
-        torch.testing.assert_close(whole_loss(name, other), loss)
-    weighted = case | {"weight": weights_of(name, case)}  # of the whole, not of each share
-    shares = [0], [1, 2], [3]
-    torch.testing.assert_close(sum(whole_loss(name, rows_of(weighted, x)) for x in shares), loss)
-    if rl.ALGOS[name].loss_agg == "token":  # a mean of the shares' own means is another loss
+        close(whole_loss(name, other), loss)
+    weighted, shares = case | {"weight": weights_of(name, case)}, ([0], [1, 2], [3])
+    close(sum(whole_loss(name, rows_of(weighted, x)) for x in shares), loss)
+    if algo.loss_agg == "token":  # a mean of the shares' own means is another loss
         assert abs(sum(whole_loss(name, rows_of(case, x)) for x in shares) / 3 - loss) > 1e-3
+    some = case["mask"] & (torch.arange(4) != 1)[:, None]
+    for key, x in ("mask", some), ("mask", some & False), ("old", case["old"] - 1e3), ("old", 1e3):
+        loss = whole_loss(name, case | {key: x})
+        assert loss.isfinite() and torch.autograd.grad(loss, case["logp"])[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name", rl.ALGOS)
-def test_neither_an_empty_response_nor_a_runaway_ratio_is_nan(name):
-    case = loss_case()
-    one_empty = case["mask"] & torch.tensor([[True], [False], [True], [True]])
-    all_empty = torch.zeros_like(one_empty)
-    for changes in ({"mask": one_empty}, {"mask": all_empty}, {"old": case["old"] - 1000}):
-        loss = whole_loss(name, case | changes)
-        (grad,) = torch.autograd.grad(loss, case["logp"])
-        assert torch.isfinite(loss) and torch.isfinite(grad).all()
+def test_k3_goes_on_along_its_tangent():
+    """From log r = 10 on it is a line: far from the base the pull back to it is needed most."""
+    log_r = torch.tensor([-29.0, -10.0, 0.001, 0.5, 10.0, 10.01, 29.0])
+    logp, slope = (-log_r).requires_grad_(), torch.expm1(log_r.clamp(max=10))
+    k3 = slope - log_r + (log_r > 10) * (slope + 1) * (log_r - 10)
+    for i, one in enumerate(torch.eye(7)):
+        value = rl.kl_to_base(logp, {"ref": 0 * log_r, "weight": one})
+        close((value, torch.autograd.grad(value, logp)[0]), (k3[i], -slope * one))
 
 
-def test_k3_is_the_kl_on_average_and_never_negative():
-    def k3(logp, ref):
-        return rl.kl_to_base(logp, {"ref": ref, "weight": torch.ones(len(logp))})
-
-    p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
-    each = torch.stack([k3(p[i : i + 1], q[i : i + 1]) for i in range(3)])
-    assert (each >= 0).all() and k3(p, p) == 0
-    torch.testing.assert_close((p.exp() * each).sum(), (p.exp() * (p - q)).sum())
-
-
-def test_overlong_penalty():
-    penalty = rl.overlong_penalty(torch.tensor([0, 15, 16, 18, 20]), 20)
-    torch.testing.assert_close(penalty, torch.tensor([0.0, 0.0, 0.0, -0.5, -1.0]))
-
-
-@pytest.mark.parametrize("script, kept, rewards, mean", [  # two samples a problem, three problems
-    ("11 10 00 01 00 10", [1, 3, 5], [0.8, -0.3, 0.0, 0.9, 1.0, -0.1], 2.8 / 12),
-    ("11 10 01 00 00 00 00", [1, 2], [0.8, -0.3, -0.4, 0.5], 2.2 / 12),  # 4 rounds at the most
+@pytest.mark.parametrize("algo, script, kept", [  # two samples a problem, three problems
+    ("dapo", "11 10 00 01 00 10 01", [1, 3, 5]),  # two are missing: four more, the first three
+    ("dapo", "11 10 00 00 00 01 11", [1, 5]),  # what is missing then stays missing
+    ("dapo", "01 10 01", [0, 1, 2]),
+    ("rloo", "11 10 00", [0, 1, 2]),  # neither dynamic sampling nor a penalty
 ])  # fmt: skip
-def test_dynamic_sampling_replaces_equal_groups(monkeypatch, script, kept, rewards, mean):
-    """Equal by correctness: the overlong penalty, here -0.1 times the sample's number, comes after that."""
-    scripted = iter(script.split())
+def test_dynamic_sampling_replaces_equal_groups_once(monkeypatch, algo, script, kept):
+    """Equal by correctness: the overlong penalty, here of samples of 5 to 8 tokens, comes after."""
+    right = torch.tensor([[*map(float, pair)] for pair in script.split()])
+    scripted, length = iter(right.flatten()), torch.arange(right.numel()) % 4 + 5
+    problems = (rl.Problem("", "p", str(i)) for i in range(100))
 
-    def sample(model, tok, problems, G, R, temperature, generator, heads):
-        tokens = torch.tensor([[int(p.answer), 9, 9] for p in problems]).repeat_interleave(G, 0)
-        mask = torch.ones(len(tokens), 2, dtype=torch.bool)
-        reward = torch.tensor([list(map(float, next(scripted))) for _ in problems]).flatten()
-        samples = {"tokens": tokens, "mask": mask, "logp": mask * -0.5, "reward": reward}
-        return samples, ["text"] * len(tokens)
+    def sample(model, tok, problems, *_):
+        number = torch.tensor([int(p.answer) for p in problems]).repeat_interleave(2)
+        rows = 2 * number + torch.arange(len(number)) % 2
+        mask = torch.arange(8) < length[rows, None]
+        out = {"tokens": number[:, None].expand(-1, 9), "mask": mask, "logp": mask * -0.5}
+        return out | {"right": torch.stack([next(scripted) for _ in rows])}, ["text"] * len(rows)
 
     monkeypatch.setattr(rl, "sample", sample)
-    monkeypatch.setattr(rl, "overlong_penalty", lambda lengths, R: -torch.arange(len(lengths)) / 10)
-    problems = (rl.Problem("", "p", str(i)) for i in range(100))
-    algo, cfg = rl.ALGOS["dapo"], config(max_new_tokens=10)
-    samples, record, _ = rl.rollout(None, None, None, problems, algo, cfg, None)
-    assert samples["tokens"][::2, 0].tolist() == kept
-    assert samples["reward"].tolist() == pytest.approx(rewards)
-    assert record["reward/mean"] == pytest.approx(mean)
-    assert record["reward/frac_zero_std"] == pytest.approx(1 - len(kept) / 6)
-    assert record["actor/entropy"] == pytest.approx(0.5) and record["response_length/mean"] == 2
-    assert record["response_length/clip_ratio"] == 0
+    samples, record, _ = rl.rollout(None, None, problems, rl.ALGOS[algo], config(), None)
+    assert samples["tokens"][::2, 0].tolist() == kept and not [*scripted]
+    penalty = torch.tensor([0.0, 0.0, 0.6 / 1.6, 1.0])[length - 5].view(-1, 2) * (algo == "dapo")
+    reward, alike = right - penalty, (right[:, 0] == right[:, 1]).float()
+    close(samples["reward"], reward[kept].flatten())
+    for name, x in (("right", right), ("mean", reward), ("frac_zero_std", alike)):
+        assert record[f"reward/{name}"] == pytest.approx(x.mean().item())
 
 
-def test_a_sample_is_scored_by_its_text(monkeypatch):
-    model, _ = tiny(vocab=257, block=40)
-    tok, problems = rl.get_tokenizer("bytes"), rl.held_out_problems("add", 2, 3)
-    asked = []
+def test_samples_are_scored_by_their_texts_and_share_no_random_numbers(monkeypatch):
+    """A trunk that finds all tokens alike says what its random numbers say."""
+    model, said, asked = tiny(vocab=257, block=40)[0], set(), []
+    torch.nn.init.zeros_(model.lm_head.weight)
+    problems, generator = rl.held_out_problems("add", 2, 3), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(rl, "is_right", lambda *args: asked.append(args) or len(args[1]) % 2)
+    for _ in range(2):
+        out, texts = rl.sample(model, rl.get_tokenizer("bytes"), problems, 4, 10, 1.0, generator)
+        assert asked[-12:] == [(problems[i // 4], text) for i, text in enumerate(texts)]
+        assert out["right"].tolist() == [len(text) % 2 for text in texts]
+        for tokens, mask, text in zip(out["tokens"][:, 1:], out["mask"], texts):
+            said.add(tuple(tokens[mask][:3].tolist()))
+            assert bytes(t for t in tokens[mask] if t < 256).decode(errors="replace") == text
+    assert len(said) == 24
 
-    def is_right(problem, text):
-        asked.append(problem)
-        return len(text) % 2
 
-    monkeypatch.setattr(rl, "is_right", is_right)
-    samples, texts = rl.sample(model, tok, problems, 4, 10, 1.0, torch.Generator().manual_seed(0))
-    assert asked == [problems[0]] * 4 + [problems[1]] * 4 + [problems[2]] * 4
-    assert samples["reward"].tolist() == [len(text) % 2 for text in texts]
-    for tokens, mask, text in zip(samples["tokens"][:, 1:], samples["mask"], texts):
-        assert tok.decode([t for t in tokens[mask].tolist() if t != 256]) == text
-
-
-def test_minibatches_are_whole_groups_and_old_logprobs_are_those_of_the_rollout():
+@pytest.mark.parametrize("algo, of_5, of_2, of_1", [  # the weights of the tokens of a sequence
+    ("dapo", 5 / 7, 2 / 7, 1 / 6), ("grpo", 0.5, 0.5, 0.5), ("drgrpo", 5 / 16, 2 / 16, 1 / 16),
+])  # fmt: skip
+def test_minibatches(algo, of_5, of_2, of_1):
+    """Whole groups, cut to the longest, weighed as the algorithm says: for trunk and heads."""
     model, heads = tiny()
-    parts, (tokens, mask) = minibatches(model, heads), batch()
-    assert [len(mb["adv"]) for mb in parts] == [2, 2]
-    logp, logp_mtp, _ = mtp.logprobs(model, heads, tokens, mask)
-    # each cut to its own longest sequence
-    for mb, rows, T in zip(parts, (slice(0, 2), slice(2, 4)), (8, 9)):
+    parts, (tokens, mask) = minibatches(model, heads, algo), batch()
+    logp, logp_mtp = mtp.logprobs(model, heads, tokens, mask)
+    for mb, rows, T in zip(parts, (slice(0, 2), slice(2, 4)), (8, 9), strict=True):
         assert torch.equal(mb["tokens"], tokens[rows, :T]) and not mask[rows, T - 1 :].any()
-        torch.testing.assert_close(mb["logp"], logp[rows, : T - 1])
-        assert mb["weight"].sum() == pytest.approx(1)
-        torch.testing.assert_close(mb["weight_mtp"].sum((0, 2)), torch.ones(2))
+        close(mb["logp"], logp[rows, : T - 1])
+    close((mb["old"], mb["old_mtp"]), (logp[2:], logp_mtp[2:]))
     assert "old" not in parts[0]  # the first update takes those of its own forward pass
-    torch.testing.assert_close(parts[1]["old"], logp[2:])
-    torch.testing.assert_close(parts[1]["old_mtp"], logp_mtp[2:])
+    of_5_beside_1 = 5 / 6 if algo == "dapo" else of_5  # depth 2 scores 5 and 1 tokens
+    by_hand = {"weight": [of_5, of_2], "weight_mtp": [[of_5, of_5_beside_1], [of_2, of_1]]}
+    for name, expected in (by_hand | {"weight_ce": [[5 / 7, 5 / 6], [2 / 7, 1 / 6]]}).items():
+        close(parts[0][name].sum(-1), torch.tensor(expected))
+    logp_mtp = (mb["old_mtp"] + 1).requires_grad_()  # ratios are e: clipped where A > 0
+    policy = mb["weight_mtp"] * math.e * mb["adv"].clamp(max=0)[:, None, None]
+    for kind, weight in (("policy", policy), ("ce", mb["weight_ce"])):
+        loss = rl.mtp_loss(kind, logp_mtp, mb, rl.ALGOS[algo])
+        close(torch.autograd.grad(loss, logp_mtp), (-weight / 2,))
 
 
-@pytest.mark.parametrize("algo", ("dapo", "gspo"))
-def test_mtp_loss_is_the_mean_over_depths(algo):
-    model, heads = tiny()
-    mb = minibatch(model, heads, algo)
-    _, logp_mtp, _ = mtp.logprobs(model, heads, mb["tokens"], mb["mask"])
-    policy = cross_entropy = 0.0
-    for k in range(2):
-        logp, old, valid = logp_mtp[:, k], mb["old_mtp"][:, k], mb["mask_mtp"][:, k]
-        weight = weights_of(algo, {"mask": valid})  # not the trunk's
-        policy += rl.policy_loss(logp, old, mb["adv"], valid, weight, rl.ALGOS[algo]) / 2
-        cross_entropy -= logp[valid].mean() / 2
-    for kind, expected in (("policy", policy), ("ce", cross_entropy)):
-        loss = rl.mtp_loss(kind, logp_mtp, mb, mb["adv"], rl.ALGOS[algo])
-        torch.testing.assert_close(loss, expected)
+def test_metrics_by_hand():
+    """Of head k's drafts a share min(1, q/p), on average over the tokens it scores, is accepted."""
+    case = loss_case(spread=3.0)
+    logp, old, mask = case["logp"].detach(), case["old"], case["mask"]
+    q, valid = torch.rand(4, 2, 5).log(), mtp.aligned_mask(mask, 2)
+    mb = {"old_mtp": q, "mask_mtp": valid, "weight": 0.0, "logp": old + 9 - 8.5 * mask}
+    metrics = rl.update_metrics(logp, q, case | mb, rl.ALGOS["dapo"])
+    ratio, worse, better = (logp - old).exp(), mask & (ADV < 0)[:, None], mask & (ADV > 0)[:, None]
+    expected = {"mtp/ratio_max": 1.0, "actor/ratio_max": ratio[mask].max(), "rollout/logp_gap": 0.5}
+    expected["actor/clip_frac_low"] = (ratio[worse] < 0.8).sum() / 13
+    expected["actor/clip_frac_high"] = (ratio[better] > 1.28).sum() / 13
+    for k in (0, 1):
+        expected[f"mtp/agreement_{k + 1}"] = (q[:, k] - old)[valid[:, k]].exp().clamp(max=1).mean()
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(float(value)) != 0, name
 
 
-def test_the_metrics_of_a_first_update():
-    """The share of drafts of head k that would be accepted is the mean of min(1, q/p) over the tokens it scores."""
-    p, q = torch.rand(3, 5), torch.rand(3, 2, 5)
-    mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
-    mb = {"logp": p.log() - 0.5, "mask": mask, "mask_mtp": mtp.aligned_mask(mask, 2)}
-    mb |= {"old": p.log(), "old_mtp": q.log(), "adv": torch.zeros(3)}
-    metrics = rl.update_metrics(p.log(), q.log(), mb, mb["adv"], rl.ALGOS["dapo"], first=True)
-    assert metrics["actor/ratio_max"] == metrics["mtp/ratio_max"] == 1
-    for k in (1, 2):
-        scored = mask & (torch.arange(5) >= k)
-        accepted = (q[:, k - 1] / p)[scored].clamp(max=1)
-        assert metrics[f"mtp/agreement_{k}"] == pytest.approx(accepted.mean().item(), rel=1e-5)
-    assert metrics["rollout/logp_gap"] == pytest.approx(0.5, abs=1e-5)
-
-
-def test_eos_has_a_weight_and_a_gradient():
-    model, heads = tiny()
-    samples = gpt.generate(model, [[1, 2, 3]] * 2, 2, 8, eos=5)
-    algo, cfg = rl.ALGOS["dapo"], config(updates_per_rollout=1)
-    (mb,) = rl.minibatches(model, heads, samples, torch.ones(4), algo, cfg)
-    ends = (mb["tokens"][:, 1:] == 5) & mb["mask"]
-    assert ends.any() and (mb["weight_mtp"][:, 0][ends] > 0).any()
-    logp = mb["logp"].clone().requires_grad_()
-    loss = rl.policy_loss(logp, mb["logp"], mb["adv"], mb["mask"], mb["weight"], algo)
-    assert (torch.autograd.grad(loss, logp)[0][ends] != 0).all()
+@pytest.mark.parametrize("updates", (1, 2))
+@pytest.mark.parametrize("regime", ("detach", "ce", "policy", "occ", "exact"))
+def test_the_last_update_of_a_step_by_hand(regime, updates, tmp_path, monkeypatch):
+    """The λ used, g and m; trunk and heads clipped apart: large rewards make large gradients."""
+    monkeypatch.setattr(rl, "is_right", lambda problem, text: 100 * coin(problem, text))
+    (model, heads), (kind, rule) = tiny(vocab=257, block=40, layers=1), occ.REGIMES[regime]
+    options = {"algo": "rloo", "probe_every": 1, "lam": 0.7, "lam_plus": 0.9, "regime": regime}
+    cfg = small_config(tmp_path, updates_per_rollout=updates, **options)
+    theta, phi, algo = [*model.parameters()], [*heads.parameters()], rl.ALGOS["rloo"]
+    optimizer = torch.optim.Adam([{"params": theta}, {"params": phi, "lr": 0.0}], 0.01)
+    record, _, last = rl.step(cfg, model, heads, optimizer, rl.get_tokenizer("bytes"), 1)
+    torch.nn.utils.vector_to_parameters(last.theta, theta)  # the heads have not moved
+    logp, logp_mtp = mtp.logprobs(model, heads, last.mb["tokens"], last.mb["mask"])
+    loss_mtp = rl.mtp_loss(kind, logp_mtp, last.mb, algo)
+    g, m = (occ.flat_grad(x, theta) for x in (rl.trunk_loss(logp, last.mb, algo), loss_mtp))
+    proxy = occ.logprob_coefficient(*occ.token_deltas(logp, logp_mtp, last.mb), 0.9)
+    lam = {"zero": 0, "fixed": 0.7, "proxy": proxy, "exact": 0.9 * (g @ m) / (m @ m)}[rule]
+    assert record["occ/lam"] == pytest.approx(float(lam), rel=1e-3)
+    assert (lam == 0) == (rule == "zero" or (rule, updates) == ("proxy", 1))  # exactly
+    expected = g + lam * m, occ.flat_grad(loss_mtp, phi)
+    assert all(x.norm() > 2 or kind == "ce" for x in expected)  # the clip binds
+    clipped = [x / x.norm().clamp(min=1) for x in expected]
+    used = [torch.cat([p.grad.flatten() for p in part]) for part in (theta, phi)]
+    close((last.g, last.m, *used), (g, m, *clipped), rtol=1e-3, atol=1e-5)
