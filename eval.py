@@ -7,11 +7,11 @@
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t and v_t² over training
     python eval.py reproduce                                # regimes × seeds, three figures, tables, claims
 
-avg@k is the mean accuracy of k samples a problem, pass@k the chance that one of k samples is right. The model is
+avg@k is the mean accuracy of k samples per problem, pass@k the chance that one of k samples is right. The model is
 rebuilt from what the run's header says. Plots read metrics.jsonl and nothing else. Runs that differ only in the seed,
 and in what is no part of the experiment, are one line, with a 95 % band over seeds. All intervals are Student's t.
 
-train.py, too, reads runs, draws curves, and answers a mistake with one line on stderr and exit code 2, by what is here.
+train.py also uses this file: to read runs, draw curves and report errors in one line.
 
 Dimension key: P parameters · N minibatches · B sequences · T positions
 """
@@ -39,19 +39,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import mtp
 import occ
 import rl
-from model import GPTConfig, find_device, unflatten
+from model import GPTConfig, find_device
 
-VERSION = 4  # of the run folder's format
+VERSION = 5  # of the run folder's format
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading a run
+# ---- Reading a run -------------------------------------------------------------------------------
 
 
 def new_state(cfg, shape, device):
@@ -73,7 +72,7 @@ def read_metrics(folder):
         if not isinstance(record, dict) or ("step" in record) == (i == 1):
             raise ValueError(f"{path}:{i}: not what a run writes there")
     version = records[0].get("versions", {}).get("nanoocc") if records else None
-    if version != VERSION:
+    if version != VERSION or "config" not in records[0]:
         raise ValueError(f"{path}:1: of version {version}, not {VERSION}; start the run again")
     return records[0], records[1:]
 
@@ -123,16 +122,18 @@ def load_run(args, with_data=True, with_heads=False):
 def load_weights(ckpt, **parts):
     """Weights of a checkpoint into model=, heads= and optimizer=; a part that is None is left out."""
     for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(ckpt[name])
+        try:
+            if part is not None:
+                part.load_state_dict(ckpt[name])
+        except (RuntimeError, KeyError, ValueError):
+            raise ValueError(f"the checkpoint's {name} is not of this run") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Intervals and tables
+# ---- Intervals and tables ------------------------------------------------------------------------
 
 
 def student_t(freedom):
-    """At 97.5 %; from 12 degrees of freedom on by a formula that is right to 0.01."""
+    """The 97.5 % quantile; from 12 degrees of freedom on by a formula that is right to about 0.01."""
     table = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom
 
@@ -173,8 +174,7 @@ def markdown(head, rows):
     return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scores and samples
+# ---- Scores and samples --------------------------------------------------------------------------
 
 
 def pass_at_k(n, c, k):
@@ -213,7 +213,7 @@ def samples_of(cfg, model, problems, args):
 
 
 def score(args):
-    """The scores of a run as a table in Markdown: a row a suite and one for all, in points of 100.
+    """The scores of a run as a table in Markdown: a row per suite and one for all, in points of 100.
 
     The suites are the held-out problems of what the run was trained on, or those of --suite; a data set that shares
     problems with the training data is refused.
@@ -260,7 +260,7 @@ def drafts_of(cfg, model, heads, problems, args):
     torch.manual_seed(args.seed)
     tok, right, texts = rl.get_tokenizer(cfg.tokenizer), [], []
     for problem in [p for p in problems for _ in range(args.k)]:
-        room = model.cfg.block_size - cfg.max_new_tokens  # of a prompt too long, its end
+        room = model.cfg.block_size - cfg.max_new_tokens  # of a long prompt the end is kept
         prompt = tok.encode_ordinary(problem.prompt)[-room:]
         options = cfg.max_new_tokens, tok.eot_token, args.temperature
         tokens, depths = mtp.speculative_sample(model, heads, prompt, *options)
@@ -288,43 +288,43 @@ def sample(args):
         right, texts = drafts_of(cfg, model, heads, problems, args)
     else:
         right, texts = samples_of(cfg, model, problems, args)
-    lines = ["Suites have the lowest digit first: 47+85= asks for 74 + 58, and ####231 is right."]
+    lines = []
+    if args.prompt or any(p.suite in rl.SUITES for p in problems):
+        lines = ["Suites have the lowest digit first: 47+85= asks for 74 + 58; ####231 is right."]
     for i, text in enumerate(texts):
         reward = "" if args.prompt else f"reward {right[i]}  "
         lines.append(f"{reward}{problems[i // args.k].prompt!r} -> {text!r}")
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Curves: runs are {label: {seed: records}}, the lines of a panel {label: {seed: {step: number}}}
+# ---- Curves --------------------------------------------------------------------------------------
+# Runs are {label: {seed: records}}, the lines of a panel {label: {seed: {step: number}}}.
 
 PANELS = {  # what is drawn of a run, by the key of its record
     "reward/right": dict(title="Right answers in training", ylabel="share of all samples"),
     "eval/score": dict(title="Held-out score", ylabel="avg@k, points of 100"),
     "occ/lam": dict(title="Coefficient", ylabel="λ_t (last update of a step)"),
-    "occ/c": dict(title="First-order correlation of a minibatch", ylabel="c_t = ⟨g_RL, g_MTP⟩"),
-    "occ/v2": dict(title="Second-order penalty of a minibatch", ylabel="v_t² = ‖g_MTP‖²"),
+    "occ/c": dict(title="First-order correlation", ylabel="c_t = ⟨g_RL, g_MTP⟩", yscale="asinh"),
+    "occ/v2": dict(title="Second-order penalty", ylabel="v_t² = ‖g_MTP‖²", yscale="asinh"),
     "mtp/agreement_1": dict(title="MTP head 1 as a drafter", ylabel="share of tokens accepted"),
 }
-for key in ("occ/c", "occ/v2"):  # of any sign, over orders of magnitude
-    PANELS[key]["yscale"] = "asinh"
 NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep steps".split())
 
 
 def group_runs(folders):
-    """{label: {seed: records}}: runs that differ only in seed and folder share a line, labelled by what else differs.
+    """{label: {seed: records}}: runs of one experiment share a line, labelled by what differs from other experiments.
 
     A second run of the same settings and seed is a line of its own, labelled by its folder.
     """
     runs = [read_metrics(folder) for folder in folders]
     configs = [header["config"] for header, _ in runs]
     differ = []
-    for name in sorted(set(configs[0]) - NOT_THE_EXPERIMENT - {"regime"}):
-        if any(config[name] != configs[0][name] for config in configs):
+    for name in sorted(set().union(*configs) - NOT_THE_EXPERIMENT - {"regime"}):
+        if any(config.get(name) != configs[0].get(name) for config in configs):
             differ.append(name)
     groups = {}
     for folder, config, (_, records) in zip(folders, configs, runs):
-        label = " ".join([config["regime"], *(f"{name}={config[name]}" for name in differ)])
+        label = " ".join([config["regime"], *(f"{name}={config.get(name)}" for name in differ)])
         if not records:
             raise ValueError(f"{folder}: nothing logged yet")
         if config["seed"] in groups.get(label, {}):
@@ -342,7 +342,7 @@ def curves(seeds, key):
 
 
 def averaged(seeds, points):
-    """Of the steps that every seed has: steps, means and half-widths of the 95 % interval over seeds, (3, points).
+    """Steps shared by all seeds, means and half-widths of the 95 % interval over seeds, (3, points).
 
     More than `points` steps are averaged in blocks, seed by seed, so that the interval is that of the block's mean.
     """
@@ -363,7 +363,8 @@ def draw_lines(axis, lines, panel, points=12):
         axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
     axis.set(xlabel="step", **panel)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small") if lines else None
+    if lines:
+        axis.legend(fontsize="small")
 
 
 def panels_of(count):
@@ -381,7 +382,7 @@ def save(figure, path):
 
 
 def plot(folders, path):
-    """Curves of one or more runs, as a picture: reward, score, λ_t, c_t, v_t², and more. Returns notes."""
+    """Curves of one or more runs, as a picture: right answers, score, λ_t, c_t and v_t² of a minibatch, and more."""
     runs, notes = group_runs(folders), []
     figure, axes = panels_of(len(PANELS))
     for axis, (key, panel) in zip(axes, PANELS.items()):
@@ -394,21 +395,19 @@ def plot(folders, path):
     return notes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The last update of one rollout: where λ_t comes from
+# ---- The last update of one rollout: where λ_t comes from ----------------------------------------
 
 
 def explain(args):
     """Which tokens make λ_t: the last update of one rollout from a run's checkpoint (before the first, δ is 0).
 
-    A row for each token and what stands before it, many samples being alike; first the rows that add most to
-    ĉ = Σ δ_RL·δ_MTP or take most away.
+    A row for each of the 16 tokens that add most to ĉ = Σ δ_RL·δ_MTP, or take most away; equal texts are one row.
     """
     cfg, (model, heads, optimizer) = load_run(args, with_heads=True)
     cfg.probe_every, tok = 1, rl.get_tokenizer(cfg.tokenizer)
     _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + args.seed)
     if last is None or not last.deltas[1].any():
-        why = "one update a rollout, or too few prompts with a gradient; try another --seed"
+        why = "one update per rollout, or too few prompts with a gradient; try another --seed"
         raise ValueError(f"{args.run}: every δ is 0: {why}")
     delta_rl, delta_mtp = last.deltas
     c_hat, v2_hat = occ.inner(delta_rl, delta_mtp).item(), occ.inner(delta_mtp, delta_mtp).item()
@@ -426,19 +425,18 @@ def explain(args):
         rows.append([*map(repr, text), int(times), *means, f"{100 * share:.1f} %"])
     return [
         f"The last update of one rollout, {len(sums)} different tokens. Those with most influence:",
-        *markdown(["behind", "token", "times", "mean δ_RL", "mean δ_MTP", "share of ĉ"], rows),
+        *markdown(["after", "token", "times", "mean δ_RL", "mean δ_MTP", "share of ĉ"], rows),
         f"proxy: ĉ = {c_hat:.4g}, v̂² = {v2_hat:.4g}, λ = ĉ/v̂² = {c_hat / (v2_hat + 1e-8):.4f}",
         f"exact: c = {exact['c']:.4g}, v² = {exact['v2']:.4g}, λ = c/v² = {exact['lam_exact']:.4f}, "
         f"cosine of g and m {exact['cos']:.3f}",
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One step: what does MTP add to it, with noise counted? (occ.noisy_terms)
+# ---- One step: what does MTP add to it, with noise counted? (occ.noisy_terms) --------------------
 
 LAMS = [-0.5, -0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0]
 PARTS = 12  # of the minibatches: the jackknife leaves out one at a time
-TERMS = {  # by the keys of onestep's numbers, which go on with the λ
+TERMS = {  # the prefix of onestep's numbers, and its name; they go on with the λ, as sum/0.5
     "first": "first order", "shared": "shared noise", "penalty": "penalty", "sum": "sum",
     "sum8": "sum, 8 × the minibatch", "adam": "Adam's step",
 }  # fmt: skip
@@ -447,10 +445,10 @@ TERMS = {  # by the keys of onestep's numbers, which go on with the λ
 def onestep(args):
     """What MTP adds to one step from a run's checkpoint, term by term and by λ, with noise counted.
 
-    Two kinds of step, never to be confused. A plain step of length η along ĝ + λ m̂: its mean gain to second order, by
-    occ.noisy_terms, for the run's own m, in % of η g². And a step of Adam with clip, whose second moments have
-    converged: its first-order gain D(λ) = Σ_j E[g_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in % over λ = 0. What it does
-    not see: H is the Hessian of the clipped surrogate, without a KL term.
+    Two kinds of step. A plain step of size η against ĝ + λ m̂: its mean gain to second order, by occ.noisy_terms, for
+    the run's own m, in % of η g². And a step of Adam with clip, whose second moments have converged: its first-order
+    gain D(λ) = Σ_j E[g_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in % over λ = 0. Limits: H is the Hessian of the
+    clipped surrogate of single tokens, without a KL term.
     """
     cfg, state = load_run(args, with_heads=True)
     sums, found = measure(cfg, state, args.rollouts)
@@ -461,8 +459,8 @@ def onestep(args):
     denominators = {"lam_star": "mhm", "lam_star8": "mhm8", "adam": "gain", "rl": "g2"}
     for key in found:
         below = denominators.get(key.split("/")[0], "g2" if "/" in key else None)
-        holds_0 = below and abs(found[below][0]) <= found[below][1]
-        if holds_0 or math.isnan(found[key][1]):
+        may_be_0 = below and abs(found[below][0]) <= found[below][1]
+        if may_be_0 or math.isnan(found[key][1]):
             found[key] = math.nan, math.nan
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     numbers = {key: [None if math.isnan(x) else x for x in value] for key, value in found.items()}
@@ -482,11 +480,11 @@ def onestep(args):
 
 
 def measure(cfg, state, rollouts):
-    """What `one_step` needs of a minibatch a rollout: sums over PARTS parts; and intervals of λ_t and Lη.
+    """What `one_step` needs of a minibatch per rollout: sums over PARTS parts; and intervals of λ_t and Lη.
 
     rl.step makes two updates: the first moves the weights, the second has the minibatch. Hg and Hm are differences of
-    the policy loss's gradient along g and m over the length of that update, on the minibatch of another rollout: on its
-    own samples a gradient falls faster than on fresh ones. What is kept is on the CPU.
+    the policy loss's gradient along g and m over the length of the second update, on the minibatch of another rollout:
+    on its own samples a gradient falls faster than on fresh ones. What is kept is on the CPU.
     """
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
     cfg.updates_per_rollout, cfg.probe_every = 2, 1
@@ -494,7 +492,7 @@ def measure(cfg, state, rollouts):
     trunk, found = copy.deepcopy(state[0]), {"lam_t": [], "L_eta": []}
 
     def gradient(theta, mb):
-        unflatten(theta, list(trunk.parameters()))
+        vector_to_parameters(theta, trunk.parameters())
         logp, _ = rl.logprobs(trunk, None, mb, cfg)
         return occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(trunk.parameters()))
 
@@ -590,11 +588,10 @@ def draw_onestep(found, title, path):
     save(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The reproduction: train every regime on several seeds, measure one step, then draw figures and judge the claims
+# ---- The reproduction: regimes x seeds, figures, claims -------------------------------------------
 
 SETTING = dict(eval_k=32, probe_every=5, keep="0,25,60,120")  # all else is as in train.py
-REPRODUCED = {  # the first is what the others are compared with; of the first four, single steps are measured
+REPRODUCED = {  # the others are compared with the first; onestep is run on the first four
     "detach": dict(regime="detach"),
     "ce": dict(regime="ce"),
     "policy": dict(regime="policy"),
@@ -615,7 +612,7 @@ def reproduce(args):
     """Train the regimes on several seeds; draw the paper's figures, write its tables, and test its claims.
 
     All regimes of a seed start from the same pretrained weights. Finished runs are not repeated, unfinished ones go on;
-    one that breaks down is named, and the others are drawn without it. Flags behind -- go to every run.
+    one that breaks down is named, and the others are drawn without it. Flags after -- go to every run.
     """
     began, plan, errors = time.perf_counter(), [], []
     for label in args.regimes.split(","):
@@ -629,10 +626,10 @@ def reproduce(args):
         for wave in (plan[: args.seeds], plan[args.seeds :]):
             results = pool.map(lambda run: reproduce_one(args, *run, max(cores() // jobs, 1)), wave)
             errors += tqdm(results, "runs", len(wave), disable=None)
-    draw(Path(args.out))
     failed = [line for line in errors if line]
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
+    draw(Path(args.out))
     count, minutes = f"{len(plan) - len(failed)} of {len(plan)}", (time.perf_counter() - began) / 60
     print(f"{count} runs in {minutes:.1f} minutes; figures and tables are in {args.out}")
     return 1 if failed else 0
@@ -675,11 +672,10 @@ def finished_runs(out):
     What `onestep` found at a step stands in its record, each mean as onestep/<key>.
     """
     runs = {}
-    for label, path in itertools.product(REPRODUCED, sorted(out.glob("*-s*/metrics.jsonl"))):
-        name, _, seed = path.parent.name.rpartition("-s")
-        if name != label:
-            continue
+    for label, path in itertools.product(REPRODUCED, sorted(out.glob("*/metrics.jsonl"))):
         header, records = read_metrics(path.parent)
+        if path.parent.name != f"{label}-s{header['seed']}":
+            continue  # of another label, or a copy
         steps = header["config"]["steps"]
         if not records or records[-1]["step"] < steps:
             print(f"left out: {path.parent}: not at step {steps}", file=sys.stderr)
@@ -692,7 +688,7 @@ def finished_runs(out):
                 record |= {f"onestep/{key}": mean for key, (mean, _) in numbers.items()}
             if record.get("occ/g2") and record["occ/v2"]:
                 record["occ/v2_g2"] = math.log2(record["occ/v2"] / record["occ/g2"])
-        runs.setdefault(label, {})[int(seed)] = records
+        runs.setdefault(label, {})[header["seed"]] = records
     if not runs:
         raise ValueError(f"{out}: no finished run to draw")
     return runs
@@ -770,7 +766,7 @@ def over(seeds, key, first=0.0, last=1.0):
 
 
 def claims(runs):
-    """A row a claim: its quantity, interval over seeds, n, where it should lie, verdict.
+    """A row per claim: its quantity, interval over seeds, n, where it should lie, verdict.
 
     "reproduced" if the interval lies where the claim says, "not" if it lies elsewhere, else "undecided". H5, seconds of
     a step, needs an idle machine: tests/bench.py. % is of η g², at λ = 1, see `onestep`.
@@ -782,14 +778,14 @@ def claims(runs):
         return over(runs.get(label, {}), key, *part)
 
     def claim(name, quantity, values, above=-math.inf, below=math.inf):
-        middle, half = interval(values.values())
+        center, half = interval(values.values())
         verdict = "undecided"
-        if above < middle - half and middle + half < below:
+        if above < center - half and center + half < below:
             verdict = "reproduced"
-        elif middle + half <= above or middle - half >= below:
+        elif center + half <= above or center - half >= below:
             verdict = "not"
         n = sum(not math.isnan(value) for value in values.values())
-        shown = cell((middle, half), 3)
+        shown = cell((center, half), 3)
         rows.append([name, quantity, shown, n, f"{above:g} to {below:g}", verdict])
 
     def gap(label, other):
@@ -813,8 +809,7 @@ def claims(runs):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -847,11 +842,7 @@ def reporting(prog):
 
 
 def parse(argv):
-    """Arguments -> what the commands read; flags: what stands behind --, for the runs of reproduce."""
-    argv, flags = list(argv), []
-    if "--" in argv:
-        flags = argv[argv.index("--") + 1 :]
-        argv = argv[: argv.index("--")]
+    """Arguments -> what the commands read."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
@@ -860,6 +851,9 @@ def parse(argv):
         if name != "reproduce":
             count = "+" if name == "plot" else None
             command.add_argument("run", nargs=count, help="folder of a run")
+        if name == "reproduce":
+            text = "of train.py, for every run"
+            command.add_argument("flags", nargs="*", metavar="-- flags", help=text)
         if name == "sample":
             command.add_argument("prompt", nargs="?", default="", help="[held-out problems]")
         for flag, default, users, text in FLAGS:
@@ -868,9 +862,8 @@ def parse(argv):
                 shown = f" [{default}]" if default else ""
                 command.add_argument(f"--{flag}", default=default, help=text + shown, **kind)
     args = parser.parse_args(argv)
-    args.flags = flags
     for name, value in vars(args).items():
-        least = 1 if name in ("k", "rollouts", "seeds") else 0
+        least = {"k": 1, "seeds": 1, "rollouts": PARTS}.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
         if name == "temperature" and 0 < value < 0.01:
@@ -882,10 +875,10 @@ def parse(argv):
 
 COMMANDS = {f.__name__: f for f in (score, sample, explain, onestep, plot, reproduce)}
 FLAGS = [  # flag, default, commands that have it, help
-    ("k", 8, "score sample", "samples a problem"),
+    ("k", 8, "score sample", "samples per problem"),
     ("temperature", 1.0, "score sample", "of sampling; 0 is greedy"),
     ("speculative", False, "sample", "the heads draft"),
-    ("problems", 0, "score sample", "a suite, at most [64 of score, or all of a file given by --suite; 2 of sample]"),
+    ("problems", 0, "score sample", "most problems per suite [score: 64, or all of a --suite file; sample: 2]"),
     ("suite", "", "score", f"arithmetic, competition, or some of {','.join([*rl.SUITES, *rl.SCORE])},FILE.jsonl [the "
      "held-out problems of the run's own task]"),
     ("max_new_tokens", 0, "score", "longest response [as the run was trained]"),
@@ -897,7 +890,7 @@ FLAGS = [  # flag, default, commands that have it, help
     ("seeds", 5, "reproduce", "how many"),
     ("first_seed", 0, "reproduce", "the first of them"),
     ("regimes", "detach,ce,policy,occ,exact,policy-0.1", "reproduce", f"some of {','.join(REPRODUCED)}"),
-    ("jobs", 0, "reproduce", "runs at a time [one a core, on a GPU at most four]"),
+    ("jobs", 0, "reproduce", "runs at a time [one per core, on a GPU at most four]"),
     ("out", "", "plot", "picture to write [curves.png in the first run's folder]"),
     ("out", "out/reproduce", "reproduce", "folder to write"),
 ]  # fmt: skip

@@ -9,8 +9,8 @@ holds padding is masked until a new token is written there.
 
 Shift convention of every (B, T-1) array in this project: column t is about token t+1.
 
-Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · S new positions · R new tokens ·
-C channels · H heads · D channels a head · V vocabulary
+Dimension key: B sequences · P prompts · G samples per prompt (B = P·G) · T positions · S new positions · R new tokens ·
+C channels · H heads · D channels per head · V vocabulary
 
 Left out: dropout (old and new log-probs of RL must come from the same function), rotary positions, grouped queries.
 """
@@ -41,7 +41,7 @@ class KVCache:
         self.n_layer, self.T, self.kv = n_layer, T, None
 
     def begin(self, B, pos_BS, end):
-        """Before a pass of B rows over positions pos_BS, which see the columns < end up to their own.
+        """Before a pass of B rows over positions pos_BS: each sees the columns up to its own, all < end.
 
         Row indices and mask are the same in every block, so they are made here, once.
         """
@@ -100,8 +100,8 @@ class GPT(nn.Module):
         self.norm_out = nn.LayerNorm(cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        # Small embeddings under pre-norm make the policy violently sensitive to each update; the norm after them and
-        # rows of norm ≥ 1 do not. A tied matrix also makes the logits, which want unit variance: hence C^-0.5.
+        # Small embeddings under pre-norm make the policy violently sensitive to each update; rows of norm ≥ 1, and the
+        # norm after them, avoid that. A tied matrix also makes the logits, whose variance should be 1: hence C^-0.5.
         std = cfg.n_embd**-0.5 if cfg.tied else 1.0
         nn.init.normal_(self.wte.weight, std=std)
         nn.init.normal_(self.wpe.weight, std=std)
@@ -134,7 +134,7 @@ class GPT(nn.Module):
 
 
 def find_device(name):
-    """The torch.device of a name, which becomes the current one; "auto" is cuda where there is one, else cpu.
+    """Make a device the current one and return it; "auto" is cuda where there is one, else cpu.
 
     Under torchrun each process takes the GPU of its local rank before it touches any other. ValueError where the
     device cannot be used, or where there are more processes than GPUs.
@@ -143,17 +143,19 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if name == "cuda" and processes > gpus > 0:
-        few = f"must be at most {gpus}, one a GPU; or add --device cpu"
+        few = f"must be at most {gpus}, one per GPU; or add --device cpu"
         raise ValueError(f"--nproc_per_node {processes}: {few}")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if name.startswith("cuda"):
-            rank = int(os.environ.get("LOCAL_RANK", 0))
-            torch.cuda.set_device(rank if name == "cuda" else name)
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, ValueError) as error:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
         reason = f"cannot be used here ({str(error).splitlines()[0]})"
         allowed = "allowed: auto, cpu, cuda:1, mps, ..."
         raise ValueError(f"--device {name}: {reason}; {allowed}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def matmul_dtype(device, channels):
@@ -172,8 +174,7 @@ def autocast(model):
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ------------------------------------------------------------------------------------
 
 
 def pad(rows):
@@ -182,7 +183,7 @@ def pad(rows):
 
 
 def choose(logp_BV, temperature, u_B):
-    """Next token (B,) from log-probs. Temperature 0 is greedy; else the cumulative distribution is inverted at u < 1.
+    """Next token (B,) from log-probs. Temperature 0 is greedy; else the cumulative distribution is inverted at 1 - u.
 
     One uniform number decides one token, so a row's sample depends on nothing else in its batch.
     """
@@ -190,12 +191,8 @@ def choose(logp_BV, temperature, u_B):
         return logp_BV.argmax(-1)
     cdf_BV = logp_BV.exp().cumsum(-1)
     u_B1 = (1 - u_B[:, None]) * cdf_BV[:, -1:]  # in (0, total]: never a token of probability 0
-    return torch.searchsorted(cdf_BV, u_B1).squeeze(-1)
-
-
-def tempered(logits, temperature):
-    """Log-probs (..., V) at a temperature; those of temperature 1 where it is 0, that is greedy."""
-    return F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    token_B = torch.searchsorted(cdf_BV, u_B1).squeeze(-1)
+    return token_B.clamp(max=logp_BV.size(-1) - 1)  # of log-probs that are NaN, too
 
 
 def width(mask_BT):
@@ -235,9 +232,12 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     row_B = torch.arange(len(prompt_B), device=device)
     alive_B = torch.ones_like(row_B, dtype=torch.bool)
     for i in range(max_new_tokens):  # here B are the rows still in the batch; row_B says which
-        logp_BV = tempered(model.logits(h_BC), temperature)
+        logits_BV = model.logits(h_BC) / (
+            temperature or 1.0
+        )  # greedy: log-probs as at temperature 1
+        logp_BV = logits_BV.log_softmax(-1)
         token_B = choose(logp_BV, temperature, u_BR[row_B, i])
-        # What a row says behind its end is not kept.
+        # Tokens after a row's end are dropped.
         tokens_BT[row_B, pos_B] = token_B * alive_B
         mask_BT[row_B, pos_B] = alive_B
         logp_BT[row_B, pos_B] = logp_BV.gather(1, token_B[:, None])[:, 0] * alive_B
@@ -256,8 +256,7 @@ def generate(model, prompts, num_generations, max_new_tokens, eos, temperature=1
     return {"tokens": tokens_BT[:, :end], "mask": mask_BT[:, 1:end], "logp": logp_BT[:, 1:end]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several processes. Without torch.distributed these are the identity: one process whose share is everything.
+# ---- Several processes. Without torch.distributed these are the identity: one process whose share is everything.
 
 
 def world():
@@ -278,18 +277,11 @@ def total(x, op=dist.ReduceOp.SUM):
     return x
 
 
-@torch.no_grad()
-def unflatten(flat, tensors):
-    """Write the numbers of one vector into tensors, in place: the inverse of torch's parameters_to_vector."""
-    for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
-        x.copy_(part.view_as(x))
-
-
 def total_gradients(params):
     """Sum the gradients over processes, in one message. Losses are shares of one loss, so this is its gradient."""
     grads = [p.grad for p in params if p.grad is not None]
     if dist.is_initialized():
-        unflatten(total(nn.utils.parameters_to_vector(grads)), grads)
+        nn.utils.vector_to_parameters(total(nn.utils.parameters_to_vector(grads)), grads)
 
 
 def gather(x):

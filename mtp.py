@@ -82,20 +82,20 @@ class MTPHeads(nn.Module):
 
 
 def build(shape, depth, design, seed, device):
-    """Trunk and heads of a GPTConfig, as initialised from a seed."""
+    """Trunk and heads of a GPTConfig, initialised from a seed."""
     torch.manual_seed(seed)
     return GPT(shape).to(device), MTPHeads(shape, depth, design).to(device)
 
 
 def aligned_mask(mask_BT, depth):
-    """(B, K, T-1): for each depth the masked columns whose token it can predict, all but the first k."""
+    """(B, K, T-1), True in the columns whose token counts and depth k can predict: all but the first k."""
     column = torch.arange(mask_BT.size(1), device=mask_BT.device)
     k = torch.arange(1, depth + 1, device=mask_BT.device)
     return mask_BT[:, None] & (column >= k[:, None])
 
 
 def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", lam=None):
-    """Log-probs of the masked tokens under the trunk and under each head, aligned (see the top of this file).
+    """Log-probs of the tokens that count under the trunk and under each head, aligned (see the top of this file).
 
     tokens_BT (B, T); mask_BT (B, T-1), True where token t+1 counts. lam is the λ of occ.scale_grad at the doors: how
     much of the heads' gradient enters the trunk (None: all of it). heads may be None: then K = 0.
@@ -123,8 +123,7 @@ def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", lam
     return logp_BT, logp_BTK.transpose(1, 2) * aligned_mask(mask_BT, K)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Speculative sampling: the heads draft, the trunk verifies (Leviathan et al. 2023, arXiv 2211.17192)
+# ---- Speculative sampling: the heads draft, the trunk verifies (Leviathan et al. 2023, arXiv 2211.17192)
 
 
 @torch.no_grad()
@@ -132,8 +131,8 @@ def speculative_sample(model, heads, prompt, max_new_tokens, eos, temperature=1.
     """One sample like those of model.generate, from the same distribution, in fewer passes of the trunk.
 
     prompt is a list of token ids. Random numbers come from torch's global generator. Returns (the new tokens, the depth
-    of the head that drafted each, 0 where the trunk sampled it). Left out, so that it is read in one go: a cache, a
-    batch. Kept exact: a draft of q stays with probability min(1, p/q), else p - q is sampled; together that is p.
+    of the head that drafted each, 0 where the trunk sampled it). For brevity there is no cache and no batch. It is
+    exact: a draft from q stays with probability min(1, p/q), else max(p - q, 0) is sampled; together that is p.
     """
 
     def distribution(h):
@@ -147,7 +146,7 @@ def speculative_sample(model, heads, prompt, max_new_tokens, eos, temperature=1.
     tokens = [*prompt, distribution(h[0, -1]).multinomial(1).item()]
     depths = [0]
     while len(depths) < max_new_tokens and eos not in tokens[n:]:
-        # 1 draft: head k guesses the token k places behind the last one
+        # 1 draft: head k guesses the token k places after the last one
         drafts, q = [], []
         for k in range(1, min(K, max_new_tokens - len(depths)) + 1):
             ids = torch.tensor([[*tokens, *drafts, 0]], device=device)  # the 0 is not read
@@ -174,38 +173,40 @@ def speculative_sample(model, heads, prompt, max_new_tokens, eos, temperature=1.
     return new[:end], depths[:end]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# log softmax(h W^T / temperature)[target], a number a token
+# ---- log softmax(h W^T / temperature)[target], a number per token ----------------------------------
 
 
-# RecomputedLogp holds so many logits at a time: 16 MiB.
-CHUNK_LOGITS = 2**22
-# "auto" is naive up to so many: 32 MiB, above which glibc maps every temporary anew (python tests/bench.py --logp).
+CHUNK_LOGITS = 2**22  # logits that RecomputedLogp holds at a time: 16 MiB
+# Most logits for which "auto" is naive. Above these 32 MiB glibc maps every temporary anew (tests/bench.py --logp).
 AUTO_LOGITS = 2**23
 
 
 def pick_impl(impl, n_tokens, vocab_size, device):
-    """The implementation that runs for N tokens and a vocabulary of V: `impl` itself unless it is "auto"."""
-    if impl != "auto":
-        return impl
-    if n_tokens * vocab_size <= AUTO_LOGITS:
+    """The implementation that runs for N tokens and a vocabulary of V: `impl` itself unless it is "auto".
+
+    ValueError if it cannot run on the device.
+    """
+    if impl not in ("auto", "naive", "chunked", "triton"):
+        raise ValueError(f"--logp_impl {impl}: must be auto, naive, chunked or triton")
+    if impl == "auto" and n_tokens * vocab_size <= AUTO_LOGITS:
         return "naive"
-    return "chunked" if why_no_triton(torch.device(device).type) else "triton"
+    if impl in ("naive", "chunked"):
+        return impl
+    why = why_no_triton(torch.device(device).type)
+    if impl == "triton" and why:
+        raise ValueError(f"--logp_impl triton: must be auto, naive or chunked here: {why}")
+    return "chunked" if why else "triton"
 
 
 def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
-    """log softmax(h @ weight.T / temperature)[targets], with exact gradients for any upstream one per token.
+    """log softmax(h @ weight.T / temperature)[targets], differentiable, with any upstream gradient per token.
 
     h (..., C), weight (V, C), targets (...) from 0 to V-1 -> logp (...), in float32 (float64 of float64, without the
     kernels). impl: "naive" holds all (N, V) logits, "chunked" and "triton" about CHUNK_LOGITS; "auto" picks one.
-    Raises ValueError on an impl that cannot run here and on a target out of range. On a GPU, where to find that out
-    would make the host wait, the log-prob of such a target is NaN.
+    Raises ValueError on an impl that cannot run here and on a target out of range. On a GPU, where to check would make
+    the host wait, the log-prob of such a target is NaN.
     """
     impl = pick_impl(impl, targets.numel(), len(weight), h.device)
-    if impl not in ("naive", "chunked", "triton"):
-        raise ValueError(f"impl: {impl!r} is unknown; allowed: auto, naive, chunked, triton")
-    if impl == "triton" and (why := why_no_triton(h.device.type)):
-        raise ValueError(f"impl: 'triton' cannot run here: {why}; allowed: auto, naive, chunked")
     target_N = targets.reshape(-1)
     valid_N = (target_N >= 0) & (target_N < len(weight))
     if h.device.type == "cpu" and not valid_N.all():
@@ -231,8 +232,8 @@ class RecomputedLogp(torch.autograd.Function):
 
         dz_iv = g_i ([v = target_i] - p_iv) / temperature        dh = dz W        dW = dz^T h
 
-    Both directions go over chunks of the vocabulary. The backward makes z again: 8·N·C·V FLOPs, where "naive" takes
-    6·N·C·V. No atomics: the same bits each time. What happens within a chunk is up to torch or to Triton's kernels.
+    Both directions go over chunks of the vocabulary. The backward makes z again: 8·N·C·V FLOPs in all, where "naive"
+    takes 6·N·C·V. No atomics: the same bits each time. Within a chunk torch or Triton's kernels do the work.
     """
 
     @staticmethod
@@ -272,8 +273,9 @@ def column_chunks(n_tokens, vocab_size):
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
 
 
-# Of a chunk of V columns, two functions twice. *_statistics: maximum, sum of exp(z - maximum), logit of the target if it
-# is in the chunk, else 0; (N,) each. *_dz: dz (N, V), from softmax = (top, log_sum, upstream gradient / temperature).
+# Two functions for a chunk of V columns, each in torch and in Triton. *_statistics: maximum, sum of exp(z - maximum),
+# logit of the target if it is in the chunk, else 0; (N,) each. *_dz: dz (N, V), from softmax = (top, log_sum, upstream
+# gradient / temperature).
 
 
 def chunk_statistics(h_NC, W, target_N, temperature):
@@ -292,11 +294,11 @@ def chunk_dz(h_NC, W, target_N, softmax, temperature):
     return dz.scatter_add_(1, target_N.clamp(0, len(W) - 1)[:, None], (g_N * inside_N)[:, None])
 
 
-# The same on a GPU, logits in registers. Triton comes with torch's CUDA wheels and is imported when it is first needed;
-# its compiler, or its interpreter (TRITON_INTERPRET=1), then takes the place of these three functions.
+# The same on a GPU, logits in registers. Triton comes with torch's CUDA wheels. `kernels` imports it when it is first
+# needed, and has it compile the next three functions (or interpret them, with TRITON_INTERPRET=1).
 
 tl = None  # triton.language
-# Of a program. No register spills on sm_90 (tests/test_triton.py compiles the kernels).
+# Sizes of a program's tile. No register spills on sm_90 (tests/test_triton.py compiles the kernels).
 TILE = dict(ROWS=64, COLUMNS=64, CHANNELS=32, num_warps=4, num_stages=2)
 
 

@@ -1,37 +1,39 @@
 """Optimal Coefficient Calibration: how much of the MTP gradient enters the trunk (Wang et al. 2026, arXiv 2605.28184).
 
 θ are the parameters of the trunk. g is the gradient of the policy loss at θ (g_RL in the plots), m that of the loss of
-the MTP heads (g_MTP). If the objective is L-smooth, a step of size η against g + λ m gains at least what RL alone is
-sure to gain, plus
+the MTP heads (g_MTP). If the objective is L-smooth, a step of size η against g + λ m has the guaranteed gain of RL
+alone, and on top of it
 
     Δ_MTP(λ) = η λ (1 - Lη) c - (L η² λ² / 2) v²        c = <g, m>   first-order correlation
                                                         v² = ‖m‖²   second-order penalty
     λ* = (1 - Lη)/(Lη) · c/v²                           the top of this parabola
 
 So m helps as far as it points where g points, and costs by its length alone. To find c and v² takes two backward
-passes through the trunk, for g and for m. OCC needs none. A small step along a gradient changes the log-prob of each
-token by the step times that token's own gradient. So the log-probs of the response tokens show, for free, what the
-updates since the rollout have done: δ = log π_θ - log π_old, δ_RL of the trunk, δ_MTP of the heads. Where both have
-changed alike, g and m agree. That compares in the space of log-probs what c compares in the space of parameters:
+passes through the trunk, for g and for m. OCC needs none. A small step changes the log-prob of each token by the inner
+product of the step and that token's gradient. So the log-probs of the response tokens show, for free, what the updates
+since the rollout have done: δ = log π_θ - log π_old, δ_RL of the trunk, δ_MTP of the heads. The more alike they are,
+the more g and m agree. That compares in the space of log-probs what c compares in the space of parameters:
 
     λ_t = λ₊ · <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)           the least-squares coefficient of δ_RL on δ_MTP
 
 It is a proxy, because δ_MTP also holds what the heads themselves have learnt. λ₊ stands for the factor (1 - Lη)/(Lη),
 which nobody knows while training. In the first update of a rollout every δ is 0, and so is λ_t.
 
-Noise. The formula is for exact gradients. A minibatch has ĝ and m̂, and a step of length η along ĝ + λ m̂ adds on average
+Noise. The formula is for exact gradients. A minibatch has estimates ĝ and m̂; E is their mean. A step of size η
+against ĝ + λ m̂ adds on average
 
     η λ c  -  η² λ E ĝᵀHm̂  -  (η² λ² / 2) E m̂ᵀHm̂         c = <E ĝ, E m̂>, H the Hessian of the policy loss
 
-The first term sees the means, the others see the squares: noise that ĝ and m̂ share, and the noise of m̂. See noisy_terms.
+The first term sees means only. The others see curvature, and there noise counts: the noise that ĝ and m̂ of the same
+samples share, and the noise of m̂ itself. See `noisy_terms`.
 
 One mechanism serves every regime. The heads read the trunk through three doors: hidden states, embedding rows (not in
 the parallel design) and the unembedding matrix. At each, `scale_grad` multiplies the gradient that enters the trunk by
-λ. What the heads themselves learn is left as it is.
+λ; the heads themselves learn in full. Behind the doors g and λ m are one gradient, so there is one λ for all layers.
 
 Dimension key: B sequences · K MTP depth · T positions
 
-Differs: λ scales the gradient at the doors. In the authors' code it scales the advantages of the heads inside the clip.
+Differs from the authors' code: there λ scales the advantages of the heads inside the clip, here gradients at the doors.
 """
 
 import math
@@ -43,8 +45,8 @@ from model import total
 
 
 class Regime(NamedTuple):
-    # what the heads learn by, and whose gradient is m: "ce" cross-entropy on the sampled tokens, "policy" the clipped
-    # policy loss, None: there are no heads
+    # the heads' loss, whose gradient in the trunk is m: "ce" cross-entropy on the sampled tokens, "policy" the clipped
+    # policy loss, None: no heads
     loss: str | None
     # λ, how much of m enters the trunk: "zero" nothing, "fixed" --lam, "proxy" λ_t, "exact" λ₊ c/v² of the minibatch
     rule: str
@@ -61,7 +63,7 @@ REGIMES = {
 
 
 def scale_grad(x, lam):
-    """x forward; λ times the gradient backward. None leaves the gradient as it is.
+    """x forward; λ times the gradient backward. lam None: the gradient as it is.
 
     lam is a tensor of one element, which is read during the backward only. So it may be filled in after the forward,
     when the log-probs are known. A λ of 0 lets nothing through, not even 0·inf.
@@ -72,8 +74,7 @@ def scale_grad(x, lam):
     return y
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# λ_t from log-probs
+# ---- λ_t from log-probs --------------------------------------------------------------------------
 
 
 def dot(a, b):
@@ -84,15 +85,15 @@ def dot(a, b):
 
 
 def inner(a, b):
-    """`dot` of two tensors of which each process has a share: over all processes."""
+    """`dot` summed over processes, each of which has a share of the tensors."""
     return total(dot(a, b))
 
 
 def token_deltas(logp_BT, logp_mtp_BKT, mb):
-    """δ_RL and δ_MTP (B, T-1): how log-probs have changed since the rollout, of the tokens that some head scores.
+    """δ_RL and δ_MTP (B, T-1): how log-probs have changed since the rollout, for the tokens that any head scores.
 
-    mb has the log-probs of then, old (B, T-1) and old_mtp (B, K, T-1), and mask_mtp (B, K, T-1). δ_MTP is the mean of
-    the heads that score the token. Both are 0 elsewhere.
+    mb has the log-probs of then, old (B, T-1) and old_mtp (B, K, T-1), and mask_mtp (B, K, T-1). δ_MTP is the mean over
+    the heads that score the token. Other tokens have 0.
     """
     depths_BT = mb["mask_mtp"].sum(1)  # how many heads score a token
     delta_rl_BT = (logp_BT - mb["old"]) * (depths_BT > 0)
@@ -109,8 +110,7 @@ def logprob_coefficient(delta_rl, delta_mtp, lam_plus=1.0, eps=1e-8):
     return lam_plus * inner(delta_rl, delta_mtp) / (inner(delta_mtp, delta_mtp) + eps)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The decomposition, and its terms from the real gradients
+# ---- The decomposition, and its terms from the real gradients ------------------------------------
 
 
 def delta_mtp(lam, c, v2, eta, L):
@@ -126,10 +126,10 @@ def lam_star(c, v2, eta, L):
 
 
 def noisy_terms(lam, c, ghm, mhm, eta):
-    """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain step along ĝ + λ m̂.
+    """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain step against ĝ + λ m̂.
 
-    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ and mhm = E m̂ᵀHm̂. Their sum is largest at noisy_lam_star. With exact gradients and
-    H = L·1 this is delta_mtp.
+    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ (the curvature between the means, and the noise that both share), mhm = E m̂ᵀHm̂. With
+    exact gradients and H = L·1 the sum is delta_mtp.
     """
     first_order = eta * lam * c
     shared_noise = -(eta**2) * lam * ghm
@@ -138,8 +138,8 @@ def noisy_terms(lam, c, ghm, mhm, eta):
 
 
 def noisy_lam_star(c, ghm, mhm, eta):
-    """λ* with noise counted, which maximises the sum of noisy_terms; nan where there is no penalty."""
-    return (c - eta * ghm) / (eta * mhm) if mhm else math.nan
+    """λ* with noise counted, which maximises the sum of noisy_terms; nan where mhm is not a penalty."""
+    return (c - eta * ghm) / (eta * mhm) if mhm > 0 else math.nan
 
 
 def flat_grad(loss, params):
@@ -149,7 +149,7 @@ def flat_grad(loss, params):
 
 
 def exact_terms(g, m, lam_plus=1.0):
-    """c, v², ‖g‖², the cosine of g and m, and λ = λ₊ c/v², as numbers. What would be a division by 0 is 0."""
+    """c, v², ‖g‖², the cosine of g and m, and λ = λ₊ c/v², as numbers. A division by 0 gives 0."""
     c, v2, g2 = torch.stack((dot(g, m), dot(m, m), dot(g, g))).tolist()
     cos = c / (g2 * v2) ** 0.5 if g2 * v2 > 0 else 0.0
     lam = lam_plus * c / v2 if v2 > 0 else 0.0
@@ -159,7 +159,7 @@ def exact_terms(g, m, lam_plus=1.0):
 def coefficient(rule, cfg, deltas, terms):
     """λ of one minibatch by a regime's rule: a number, or a tensor of one element.
 
-    deltas: (δ_RL, δ_MTP). terms: of exact_terms, which only "exact" reads.
+    deltas: (δ_RL, δ_MTP). terms: from exact_terms, only for "exact".
     """
     if rule == "fixed":
         return cfg.lam
@@ -167,5 +167,5 @@ def coefficient(rule, cfg, deltas, terms):
         return logprob_coefficient(*deltas, cfg.lam_plus)
     if rule == "exact":
         return terms["lam_exact"]
-    assert rule == "zero", f"a rule that nobody wrote: {rule}"
+    assert rule == "zero", f"unknown rule: {rule}"
     return 0.0

@@ -3,16 +3,16 @@
 `step` is the paper's algorithm (arXiv 2605.28184 §4), with θ the trunk and φ the heads:
 
     sample with π_old;   r_i = 1 if the answer of sample i is right, else 0;   A_i = (r_i - mean of its group) / std
-    for each minibatch:  δ = log π - log π_old of the trunk and of the heads;   ratio_t = exp(δ_t)
-                         loss_rl = -Σ_t weight_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A)
+    for each minibatch:  δ = log π - log π_old of each token, of the trunk and of the heads;   ratio = exp(δ)
+                         loss_rl = -Σ weight min(ratio A, clip(ratio, 1 - eps_low, 1 + eps_high) A)   over tokens
                          loss_mtp = the same with the heads' log-probs, or their cross-entropy
                          λ_t = λ₊ <δ_RL, δ_MTP> / (‖δ_MTP‖² + ε)
-                         θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);   φ -= η ∇ loss_mtp        (η: Adam's)
+                         θ -= η (∇ loss_rl + λ_t ∇ loss_mtp);   φ -= η ∇ loss_mtp        (by Adam)
 
 A batch is a dict of tensors whose first axis is the sequence, so that {k: x[rows] for k, x in batch.items()} is some of
 its sequences.
 
-Dimension key: B sequences · P prompts · G samples a prompt (B = P·G) · T positions · K MTP depth · R new tokens
+Dimension key: B sequences · P prompts · G samples per prompt (B = P·G) · T positions · K MTP depth · R new tokens
 
 Left out: a value network, an entropy bonus, and a verifier for formulas (eval.py score can ask math-verify).
 """
@@ -30,7 +30,6 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -44,20 +43,19 @@ import mtp
 import occ
 from model import autocast, gather, generate, share, total, total_gradients, width
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages and losses
+# ---- Advantages and losses -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Algo:
-    """What tells one policy-gradient method from another."""
+    """The settings of a policy-gradient method."""
 
     # group_std: (r - mean)/std of the group · group: r - mean · others: r - mean of the group's other samples ·
     # batch: r - mean of all
     advantage: str = "group_std"
-    # token: all tokens alike · sequence: mean a sequence first · constant: sum / (B·max_new_tokens)
+    # token: mean over all tokens · sequence: mean per sequence, then over these · constant: sum / (B·max_new_tokens)
     loss_agg: str = "token"
-    # token · sequence: geometric mean over the sequence · none: plain -A log p · detached: only the weight of -A log p
+    # token · sequence: geometric mean over the sequence · none: plain -A log p · detached: a weight of -A log p
     ratio: str = "token"
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
@@ -83,7 +81,7 @@ ALGOS = {
 
 
 def informative(reward_PG):
-    """(P,) True where the samples of a prompt differ in reward: else advantages relative to the group are zero."""
+    """(P,) True where the samples of a prompt differ in reward: without that, group-relative advantages are zero."""
     return reward_PG.amax(1) > reward_PG.amin(1)
 
 
@@ -162,7 +160,7 @@ def trunk_loss(logp_BT, mb, algo):
 
 
 def mtp_loss(kind, logp_BKT, mb, algo):
-    """A loss of the heads, mean over depths: "ce" cross-entropy on the sampled tokens, "policy" the clipped loss."""
+    """The heads' loss, a mean over depths: "ce" cross-entropy on the sampled tokens, "policy" the clipped loss."""
     if kind == "policy":
         mask, weight = mb["mask_mtp"], mb["weight_mtp"]
         loss = policy_loss(logp_BKT, mb["old_mtp"], mb["adv"], mask, weight, algo)
@@ -171,25 +169,25 @@ def mtp_loss(kind, logp_BKT, mb, algo):
     return loss / max(logp_BKT.size(1), 1)  # without heads the arrays are empty, and the loss is 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One step
+# ---- One step ------------------------------------------------------------------------------------
 
 
 def step(cfg, model, heads, optimizer, tok, step, reference=None):
     """One rollout and its updates: the paper's algorithm. heads is None in regime off.
 
-    reference is the frozen base, for a method whose loss has a KL term. Returns what to log, samples to read [(prompt,
-    completion, whether it is right)], and when probing the last minibatch as it was seen: mb, its deltas, g and m, and
-    theta, the trunk at that moment as a vector; else None.
+    reference is the frozen base, for a method whose loss has a KL term. Returns (record, examples, last): what to log;
+    samples to read [(prompt, completion, whether it is right)]; when probing, the last minibatch before its update (mb,
+    deltas, g, m, and theta, the trunk as a vector), else None.
     """
-    regime, algo, clock = occ.REGIMES[cfg.regime], ALGOS[cfg.algo], Clock(cfg)
+    regime, algo, clock = occ.REGIMES[cfg.regime], ALGOS[cfg.algo], Clock(model)
     theta = list(model.parameters())
     phi = list(heads.parameters()) if heads else []
     probing = heads and cfg.probe_every and step % cfg.probe_every == 0
 
     # 1 rollout: G samples of each prompt, from the distribution that is scored below
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    problems = training_problems(cfg, step)
+    rng, suites = random.Random(f"{cfg.seed}/rl/{step}"), suites_of(cfg.task, cfg.data_dir)
+    problems = problem_stream(suites, cfg.difficulty, rng)
     batch, record, examples = rollout(model, tok, problems, algo, cfg, generator)
     clock("rollout")
 
@@ -200,13 +198,12 @@ def step(cfg, model, heads, optimizer, tok, step, reference=None):
 
     updates, last = [], None
     for mb in parts:
-        # Until 5 fills in λ_t, lam is 1, so that 5 can measure m. The backward (6) reads it at the doors.
+        # λ at the doors, which only a backward reads. It is 1 while 5 measures m, and λ_t in the backward of 6.
         lam = torch.ones((), device=adv_B.device)
         logp, logp_mtp = logprobs(model, heads, mb, cfg, lam)
         # In the first update these are the old log-probs: ratios are exactly 1, δ exactly 0.
         mb.setdefault("old", logp.detach())
         mb.setdefault("old_mtp", logp_mtp.detach())
-        # how the log-probs have changed since the rollout
         deltas = occ.token_deltas(logp, logp_mtp, mb)
 
         # 3 policy loss of the trunk, whose gradient is g
@@ -216,31 +213,33 @@ def step(cfg, model, heads, optimizer, tok, step, reference=None):
         clock("update")
 
         # 5 coefficient λ_t; every few steps the exact c and v² beside it
-        terms, measured = {}, probing and mb is parts[-1]
-        if measured or regime.rule == "exact":
+        terms, probe_now = {}, probing and mb is parts[-1]
+        if probe_now or regime.rule == "exact":
             g, m = occ.flat_grad(loss_rl, theta), occ.flat_grad(loss_mtp, theta)
             terms = occ.exact_terms(g, m, cfg.lam_plus)
-        if measured:
+        if probe_now:
             now = torch.nn.utils.parameters_to_vector(theta).detach()
             last = SimpleNamespace(mb=mb, deltas=deltas, g=g, m=m, theta=now)
             record |= {f"occ/{name}": value for name, value in terms.items()}
         lam.fill_(occ.coefficient(regime.rule, cfg, deltas, terms))
-        clock("probe" if measured else "coefficient")
+        clock("probe" if probe_now else "coefficient")
 
         # 6 one backward, one step of Adam: the trunk's gradient is g + λ_t m, the heads have their own
         optimizer.zero_grad()
         (loss_rl + loss_mtp).backward()
         total_gradients(theta + phi)
-        # Clipped apart: with one shared norm the heads would shrink the step of the policy.
+        # Clipped separately: with one shared norm the heads would shrink the step of the policy.
         norm, norm_heads = (torch.nn.utils.clip_grad_norm_(part, 1.0) for part in (theta, phi))
         optimizer.step()
 
         # 7 log
         metrics = update_metrics(logp.detach(), logp_mtp.detach(), mb, algo)
-        metrics |= {"grad_norm/trunk": norm, "grad_norm/heads": norm_heads}
-        metrics |= {"actor/loss": total(loss_rl.detach()), "mtp/loss": total(loss_mtp.detach())}
-        metrics |= {"occ/lam": lam, "occ/c_hat": occ.inner(*deltas)}
-        updates.append(metrics | {"occ/v2_hat": occ.inner(deltas[1], deltas[1])})
+        metrics |= {"grad_norm/trunk": norm, "actor/loss": total(loss_rl.detach())}
+        if heads:
+            metrics |= {"grad_norm/heads": norm_heads, "mtp/loss": total(loss_mtp.detach())}
+            metrics |= {"occ/lam": lam, "occ/c_hat": occ.inner(*deltas)}
+            metrics["occ/v2_hat"] = occ.inner(deltas[1], deltas[1])
+        updates.append(metrics)
         clock("update")
 
     record |= summary(updates) | clock.seconds
@@ -251,8 +250,8 @@ def step(cfg, model, heads, optimizer, tok, step, reference=None):
 class Clock:
     """Seconds by phase. A call adds the time since the last call to a phase; on CUDA, once its work is done."""
 
-    def __init__(self, cfg):
-        self.on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
+    def __init__(self, model):
+        self.on_gpu = model.wte.weight.is_cuda
         self.seconds, self.last = {}, time.perf_counter()
 
     def __call__(self, phase):
@@ -264,8 +263,7 @@ class Clock:
         self.last = now
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The minibatch of an update
+# ---- The minibatch of an update ------------------------------------------------------------------
 
 
 def logprobs(model, heads, mb, cfg, lam=None):
@@ -280,8 +278,8 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
 
     Each is a dict of this process's share of it: tokens (B, T); logp as sampled, mask and weight (B, T-1); adv (B,);
     mask_mtp, weight_mtp and weight_ce (B, K, T-1); with a reference, its log-probs ref. Losses of the shares add up to
-    those of the whole. All but the first have old and old_mtp, the log-probs before any update, by a forward pass; in
-    the first update they are those of its own forward pass.
+    those of the whole. All but the first have old and old_mtp, the log-probs before any update, from a forward pass
+    here; the first update takes those of its own forward pass.
     """
     G, R, K = cfg.num_generations, cfg.max_new_tokens, len(heads.heads) if heads else 0
     groups = torch.arange(len(adv_B)).view(-1, G)
@@ -289,7 +287,7 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
     parts = []
     for part in groups.tensor_split(cuts) if cuts else []:
         rows = slice(int(part[0, 0]), int(part[-1, -1]) + 1)
-        T = 1 + width(batch["mask"][rows])  # the longest ends here
+        T = 1 + width(batch["mask"][rows])  # cut to the longest row
         mask_BT = batch["mask"][rows, : T - 1]
         mask_BKT = mtp.aligned_mask(mask_BT, K)
         mb = {
@@ -318,7 +316,7 @@ def largest(x):
 
 
 def ratio_metrics(name, logp, old, adv_B, mask, algo):
-    """Largest importance ratio, and share of tokens that the clip takes out below (A < 0) and above (A > 0)."""
+    """Largest importance ratio, and share of tokens beyond the clip below (A < 0) and above (A > 0)."""
     ratio = importance_ratio(logp, old, mask, algo)
     adv = adv_B.view(-1, *[1] * (logp.ndim - 1))
     low = mask & (ratio < 1 - algo.clip_eps_low) & (adv < 0)
@@ -333,24 +331,22 @@ def ratio_metrics(name, logp, old, adv_B, mask, algo):
 
 
 def update_metrics(logp_BT, logp_BKT, mb, algo):
-    """What the forward pass of an update tells of trunk and heads."""
+    """Metrics of trunk and heads from the forward pass of an update."""
     metrics = ratio_metrics("actor", logp_BT, mb["old"], mb["adv"], mb["mask"], algo)
     metrics["actor/kl"] = total(kl_to_base(logp_BT, mb))
     metrics["rollout/logp_gap"] = largest((mb["old"] - mb["logp"]).abs() * mb["mask"])
     if logp_BKT.size(1):
         metrics |= ratio_metrics("mtp", logp_BKT, mb["old_mtp"], mb["adv"], mb["mask_mtp"], algo)
-    # The share of tokens that a speculative sampler would accept from head k at the rollout: the mean of min(1, q/p)
-    # over tokens of p, which is expected to be Σ_v min(p_v, q_v).
+    # The share of head k's drafts that a speculative sampler would accept at the rollout: the mean of min(1, q/p), p of
+    # the trunk, q of the head, over tokens sampled from p. Its expectation is Σ_v min(p_v, q_v).
     accepted_BKT = (mb["old_mtp"] - mb["old"][:, None]).exp().clamp(max=1) * mb["mask_mtp"]
     scored_K = total(mb["mask_mtp"].sum((0, 2))).clamp(min=1)
     shares_K = total(accepted_BKT.sum((0, 2))) / scored_K
-    for k in range(len(shares_K)):
-        metrics[f"mtp/agreement_{k + 1}"] = shares_K[k]
-    return metrics
+    return metrics | {f"mtp/agreement_{k}": x for k, x in enumerate(shares_K, 1)}
 
 
 def summary(updates):
-    """One step's updates as one record: means; the largest of a maximum; of occ/ the last (the first λ_t is 0).
+    """One step's updates as one record: means; the largest of a maximum; the last of occ/ (the first λ_t is 0).
 
     They become numbers all at once: each by itself would make the host wait for a GPU.
     """
@@ -366,20 +362,19 @@ def summary(updates):
     return record
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rollout and evaluation
+# ---- Rollout and evaluation ----------------------------------------------------------------------
 
 
 def sample(model, tok, problems, G, max_new_tokens, temperature, generator):
     """G completions of each problem: the dict of model.generate with right (B,), and their texts.
 
-    Of several processes each samples for its share of the problems, and all of them get everything. The random numbers
-    are those of all problems, so the samples do not depend on it.
+    Each of several processes samples for its share of the problems, and all of them get everything. The random numbers
+    are those of all problems, so the samples do not depend on the number of processes.
     """
     device, mine = model.wte.weight.device, share(len(problems))
     u = torch.rand(len(problems) * G, max_new_tokens, generator=generator)
     u = u[mine.start * G : mine.stop * G]
-    room = max(model.cfg.block_size - max_new_tokens, 1)  # of a prompt too long, its end
+    room = max(model.cfg.block_size - max_new_tokens, 1)  # of a long prompt the end is kept
     prompts = [tok.encode_ordinary(p.prompt)[-room:] for p in problems[mine]]
     part = None
     if prompts:
@@ -412,8 +407,8 @@ def overlong_penalty(length_B, max_new_tokens):
 
 
 def rollout(model, tok, problems, algo, cfg, generator):
-    """The samples of one step. With dynamic sampling (DAPO §3.2) prompts without a gradient are replaced by new ones
-    from the iterator `problems`: once, by twice as many as are missing. What is missing then stays missing.
+    """The samples of one step. With dynamic sampling (DAPO §3.2) prompts whose samples are all right or all wrong are
+    replaced by new ones from `problems`: once, by twice as many as are missing. What is missing then stays missing.
 
     Returns the batch of the prompts kept, metrics over all prompts sampled, and examples to read.
     """
@@ -464,15 +459,14 @@ def evaluate(model, tok, cfg):
     return {"eval/score": score, "eval/mixed": torch.cat(mixed).mean().item()} | record
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# ---- Tokenizer -----------------------------------------------------------------------------------
 
 EOS = "<|endoftext|>"
 
 
 @functools.cache
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "bytes" has a token a byte, "gpt2" is fetched at first use. ValueError else."""
+    """A tiktoken.Encoding: "bytes" has one token per byte, "gpt2" is fetched at first use."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         pieces = {"pat_str": r"[\s\S]", "mergeable_ranks": ranks, "special_tokens": {EOS: 256}}
@@ -486,12 +480,12 @@ def get_tokenizer(name):
         raise ValueError(f"--tokenizer gpt2: not fetched ({error}); {once}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Six suites of arithmetic, made up as needed. All numbers are written least significant digit first and at a fixed width,
-# as one computes on paper, from the right (Lee et al. 2023, arXiv 2307.03381): 58 + 67 = 125 is "85+76=####521". Each
-# suite has one place where care is needed, the carry. A careful solution never forgets it; a careless one forgets each
-# carry with probability 1/2. A base model pretrained on both has the skill but shows it half of the time; RL, which can
-# hardly teach a new skill in minutes, brings it out.
+# ---- Six suites of arithmetic --------------------------------------------------------------------
+# They are made up as needed. All numbers are written least significant digit first and at a fixed width, as one computes
+# on paper, from the right (Lee et al. 2023, arXiv 2307.03381): 58 + 67 = 125 is "85+76=####521". Each suite has one
+# place where care is needed, the carry. A careful solution never forgets it; a careless one forgets each carry with
+# probability 1/2. A base model pretrained on both has the skill but shows it half of the time; RL, which can hardly
+# teach a new skill in minutes, brings it out.
 
 
 class Problem(NamedTuple):
@@ -508,7 +502,7 @@ def write(x, n):
 
 
 def columns(operation, a, b, n, carried):
-    """The n lowest digits of a and b, column by column: what the operation makes of two digits, and the carry."""
+    """The n lowest digits of the result, lowest first, worked out column by column with a carry."""
     written, carry = "", 0
     for i, j in zip(write(a, n), write(b, n)):
         s = operation(int(i), int(j)) + carried(carry)
@@ -584,7 +578,7 @@ def is_held_out(prompt):
 def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
     """One random problem of the wanted side of the split.
 
-    Its `solution` is careless with that probability; a data set has only its own solutions.
+    Its `solution` is careless with probability `careless`; a data set has only its own solutions.
     """
     if suite not in SUITES:
         return rng.choice(side_of_split(suite, held_out))
@@ -607,12 +601,6 @@ def problem_stream(suites, difficulty, rng, careless=0.0):
     """Training problems without end, of suites at random."""
     while True:
         yield draw_problem(rng.choice(suites), difficulty, rng, careless=careless)
-
-
-def training_problems(cfg, step):
-    """The problems of one step of RL, as many as it asks for."""
-    rng = random.Random(f"{cfg.seed}/rl/{step}")
-    return problem_stream(suites_of(cfg.task, cfg.data_dir), cfg.difficulty, rng)
 
 
 @functools.cache
@@ -648,6 +636,8 @@ def check_room(cfg, tok):
             longest = f"longest prompt {prompt} tokens ({suite}:{line}), longest solution {needed}"
             cut_off = f"{cut} of {len(problems)} solutions are longer than --max_new_tokens {R}"
             notes.append(f"{suite}: {longest} ({where}); {cut_off}")
+            for held_out in (False, True):
+                side_of_split(suite, held_out)  # ValueError if a side is empty
         elif ALGOS[cfg.algo].overlong:  # the penalty takes the last fifth
             needed = math.ceil(needed * 5 / 4)
         if 2 * cut > len(problems) or (suite in SUITES and needed > R):
@@ -656,8 +646,7 @@ def check_room(cfg, tok):
     return longest_prompt + longest_response, notes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets: JSONL, a problem a line
+# ---- Data sets: JSONL, a problem per line ----------------------------------------------------------
 
 GITHUB = "https://raw.githubusercontent.com/"
 QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data/"
@@ -689,8 +678,8 @@ def label(suite):
 def suites_of(task, data_dir="data", scoring=False):
     """Suites from a comma list: names in SUITES, known data sets (as their path, fetched if need be), files *.jsonl.
 
-    "arithmetic" is the six, "competition" the paper's sets. scoring: the parts that are there to be scored on, else
-    those to train on. ValueError on anything else.
+    "arithmetic" is the six, "competition" the paper's sets. scoring: the test parts, else those to train on.
+    ValueError on anything else.
     """
     flag, known = ("--suite", SCORE) if scoring else ("--task", TRAIN)
     groups = {"arithmetic": SUITES, "competition": COMPETITION}
@@ -728,7 +717,7 @@ def data_file(name, data_dir):
 
 
 def digest(path):
-    """Of a file's content, for the header of a run: another file under the same name is another experiment."""
+    """SHA-256 of a file, for the header of a run: another file under the same name is another experiment."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -808,7 +797,7 @@ def side_of_split(path, held_out):
 def words(text):
     """Words, numbers and signs of a text: problems that agree in these are the same.
 
-    Left out is what changes no problem: case, white space, dollars around formulas, punctuation of sentences.
+    Ignored: case, white space, dollars around formulas, punctuation of sentences.
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     return tuple(re.findall(r"\w+|[^\w\s,;:!?\"'$`.]", text))
@@ -825,12 +814,12 @@ def check_apart(training, scored):
                 raise ValueError(f"--suite {suite}: {on}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Verifier: exact numbers, else equal text. A wrong reward teaches wrong things. Text is never evaluated.
+# ---- Verifier: exact numbers, else equal text. A wrong reward teaches wrong things. Text is never evaluated.
 
 LONGEST = 500  # characters: a longer answer is none, so that no pattern below takes long
 MINUS = str.maketrans("\u2212\u2013\u2010\u2044", "---/")  # − – ‐, and the stroke in ½
-COMMA = r"(?:\{,\}|,\\!\s*|\\[,!;:]|[\u00a0\u202f\u2009])"  # what stands for that of 1,000
+# LaTeX or a space in the place of the comma of 1,000
+COMMA = r"(?:\{,\}|,\\!\s*|\\[,!;:]|[\u00a0\u202f\u2009])"
 DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"  # 1,234.5 or 1234 or 3. or .5
 PERCENT = r"[%\uff05\ufe6a]|percent"
 UNIT = r"(?:dollar|mile|hour|minute|second|degree)s?|inches|feet|percent|erg\ s|km/h|[kcm]?m|k?g|s"
@@ -851,7 +840,7 @@ def extract_answer(text: str) -> str | None:
     text = text[-100_000:]  # which is where an answer is
     boxes = re.split(r"\\boxed\s*(?=\{)", text)[1:]
     for box in reversed(boxes[-10:]):  # the last ones may be cut off, or empty
-        depths = list(accumulate((c == "{") - (c == "}") for c in box[:LONGEST]))
+        depths = list(itertools.accumulate((c == "{") - (c == "}") for c in box[:LONGEST]))
         if 0 in depths and (inside := box[1 : depths.index(0)].strip()):
             return inside
     bare = re.findall(r"\\boxed\s*(-?[0-9]+(?:[.,/][0-9]+)*)", text)
@@ -866,7 +855,7 @@ def extract_answer(text: str) -> str | None:
 
 @functools.lru_cache(10_000)  # the same answers come again and again
 def read_number(text: str) -> Fraction | None:
-    """The exact value of 1,234.5 or 1\\frac45 or 180\\% or 2 \\times 10^3, None of all else."""
+    """The exact value of 1,234.5 or 1\\frac45 or 180\\% or 2 \\times 10^3, else None."""
     if len(text) > LONGEST:
         return None
     text = re.sub(rf"(?<=\d){COMMA}(?=\d{{3}}(?!\d))", ",", text)

@@ -8,7 +8,7 @@
 The algorithm is `step` in rl.py. What is here prepares a base model and calls `step` again and again.
 
 A run is a folder: metrics.jsonl (first line: config, sizes of the model, digests of the data, seed, commit, versions,
-device; then a line a step), ckpt.pt, curves.png. Random numbers are derived from (seed, purpose, step), so a resumed run
+device; then a line per step), ckpt.pt, curves.png. Random numbers are derived from (seed, purpose, step), so a resumed run
 needs no generator states; those of evaluations are always the same.
 
 Left out: learning-rate schedules and weight decay in RL, gradient accumulation.
@@ -59,15 +59,15 @@ class Config:
     data_dir: str = "data"  # folder of data sets; what is missing there is fetched
     difficulty: int = 2  # digits of the operands, 1 to 8
     careless: float = 0.8  # share of careless solutions in the second half of pretraining
-    tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token a byte, or GPT-2's
+    tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token per byte, or GPT-2's
     seed: int = 0  # of everything random
     # reinforcement learning
     regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn by, what reaches the trunk
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # rollouts
     lr: float = 2e-4  # of Adam, for trunk and heads
-    prompts_per_step: int = 32  # prompts a rollout
-    num_generations: int = 8  # samples a prompt
+    prompts_per_step: int = 32  # prompts per rollout
+    num_generations: int = 8  # samples per prompt
     updates_per_rollout: int = 4  # minibatches a rollout is cut into, one update each
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling, and of every log-prob
@@ -84,7 +84,7 @@ class Config:
     logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # see mtp.linear_logp
     # pretraining
     pretrain_steps: int = 1000  # batches of solutions
-    pretrain_batch: int = 160  # solutions a batch
+    pretrain_batch: int = 160  # solutions per batch
     pretrain_lr: float = 3e-3  # of AdamW; Muon has 7 times this
     pretrain_lam: float = 0.3  # weight of the MTP loss, which joins for the last third
     # the run
@@ -93,8 +93,8 @@ class Config:
     save_every: int = 25  # steps between checkpoints
     keep: str = ""  # steps whose checkpoints are kept beside ckpt.pt, as ckpt-STEP.pt: a comma list
     eval_every: int = 25  # steps between evaluations
-    eval_problems: int = 32  # held-out problems a suite
-    eval_k: int = 8  # samples a problem
+    eval_problems: int = 32  # held-out problems per suite
+    eval_k: int = 8  # samples per problem
     probe_every: int = 10  # steps between measurements of the exact c and v2; 0 is never
     device: str = "auto"  # cuda if there is one, else cpu; or any of torch's: cuda:1, mps, xpu
 
@@ -139,18 +139,15 @@ class Config:
         return groups * self.num_generations * self.max_new_tokens
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Devices and processes
+# ---- Devices and processes -----------------------------------------------------------------------
 
 
 def set_up(cfg):
-    """The device of this process; torchrun's processes meet here. ValueError where it cannot be used."""
+    """The device of this process; torchrun's processes meet here. ValueError if it cannot be used."""
     device, processes = gpt.find_device(cfg.device), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if cfg.logp_impl == "triton" and mtp.why_no_triton(device.type):
-        why = f"must be auto, naive or chunked here: {mtp.why_no_triton(device.type)}"
-        raise ValueError(f"--logp_impl triton: {why}")
+    mtp.pick_impl(cfg.logp_impl, 1, 1, device)  # ValueError if it cannot run here
     if device.type == "cpu":
         # Multiply-adds of an update's largest matrix product. A thread needs 30 million of them to be worth waking. At
         # the default size (17 million) two threads took 1.1 times as long as one, and a step of Muon 8 times.
@@ -185,22 +182,23 @@ def progress(steps, name, initial=0, total=None):
     return tqdm(steps, name, initial=initial, total=total, disable=hidden)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pretraining
+# ---- Pretraining ---------------------------------------------------------------------------------
 
 
 class Muon:
     """Momentum, orthogonalised: the update of a matrix has singular values near 1 (Jordan et al. 2024).
 
-    Matrices of one shape are moved as one stack. Differs: torch.optim.Muon computes in bfloat16. On most CPUs float32
-    is ten times as fast; elsewhere it is no slower for matrices of this size.
+    Matrices of one shape are moved as one stack. Differs from torch.optim.Muon, which computes in bfloat16: on most
+    CPUs float32 is ten times as fast, and elsewhere it is no slower for matrices of this size.
     """
 
     def __init__(self, params):
         self.stacks = {}
         for p in params:
             self.stacks.setdefault(p.shape, []).append(p)
-        self.momenta = {shape: torch.stack([*stack]) * 0 for shape, stack in self.stacks.items()}
+        self.momenta = {}
+        for shape, stack in self.stacks.items():
+            self.momenta[shape] = stack[0].new_zeros(len(stack), *shape)
 
     @torch.no_grad()
     def step(self, lr):
@@ -239,7 +237,7 @@ def pretraining_batch(cfg, step):
 
 
 def pretrain(cfg, model, heads, device):
-    """Next-token prediction of solutions. Muon moves the matrices but those of tokens and positions, AdamW the rest."""
+    """Next-token prediction of solutions. Muon moves the matrices of the blocks, AdamW the rest."""
     inside, rest = [], []
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         is_inside = p.ndim == 2 and name not in ("wte.weight", "wpe.weight", "lm_head.weight")
@@ -247,7 +245,7 @@ def pretrain(cfg, model, heads, device):
     muon, adamw = Muon(inside), torch.optim.AdamW(rest, betas=(0.9, 0.98), fused=True)
     bar = progress(range(cfg.pretrain_steps), "pretrain")
     for step in bar:
-        # A short warm-up, then down in a line.
+        # A short warm-up, then linear decay.
         lr = cfg.pretrain_lr * min(1, (step + 1) / 50, max(0.05, 1 - step / cfg.pretrain_steps))
         tokens_BT, mask_BT = pretraining_batch(cfg, step)
         # Means are over the whole batch. Each process works on its share of the rows.
@@ -274,7 +272,7 @@ def pretrained(cfg, shape, device):
     """Weights {model, heads} after pretraining: from the cache, if settings and sources are the same there."""
     names = "difficulty careless tokenizer seed logp_impl mtp_depth mtp_design".split()
     names += [name for name in vars(cfg) if name.startswith("pretrain_")]
-    key = [torch.__version__, device.type, str(gpt.matmul_dtype(device, shape.n_embd))]
+    key = [torch.__version__, device.type, str(gpt.matmul_dtype(device, shape.n_embd)), world()[1]]
     key += [dataclasses.asdict(shape), *(getattr(cfg, name) for name in names)]
     key += [suite if suite in rl.SUITES else rl.digest(suite) for suite in cfg.suites()]
     key += map(inspect.getsource, [gpt, mtp, rl, Muon, pretraining_batch, pretrain])
@@ -290,12 +288,14 @@ def pretrained(cfg, shape, device):
     return base
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run folder
+# ---- The run folder ------------------------------------------------------------------------------
 
 
 def save(state, path):
-    """The first process writes a new file, which then takes the old one's name: a crash leaves the old or the new."""
+    """The first process writes a new file, which then takes the old one's name: a crash leaves the old or the new.
+
+    It goes through memory, so that a full disk is an OSError; torch.save's own is a RuntimeError.
+    """
     if world()[0] > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,17 +309,17 @@ def save(state, path):
 
 
 class Run:
-    """The folder of a run. The first process writes there, and locks metrics.jsonl until it ends, however it ends."""
+    """The folder of a run. The first process writes there, and locks metrics.jsonl while it runs."""
 
     def __init__(self, cfg, resume, last):
         """A run that goes on keeps the lines of the log up to step `last`.
 
         ValueError if another run writes there or, unless this one goes on with it, has written there.
         """
-        self.cfg, self.log = cfg, None
+        self.cfg, path = cfg, Path(cfg.out) / "metrics.jsonl"
         if world()[0] > 0:
+            self.log = open(os.devnull, "w", encoding="utf-8")
             return
-        path = Path(cfg.out) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in (path, path.with_name("ckpt.pt"), path.with_name("curves.png")):
             if not resume and old.exists() and old.stat().st_size:
@@ -344,12 +344,7 @@ class Run:
         os.truncate(path, length)
 
     def write(self, record):
-        if self.log:
-            self.log.write(json.dumps(record) + "\n")
-
-    def close(self):
-        if self.log:
-            self.log.close()
+        self.log.write(json.dumps(record) + "\n")
 
     def save(self, step, began, parts):
         state = {name: part.state_dict() if part else None for name, part in parts.items()}
@@ -366,19 +361,23 @@ def header(cfg, shape, device):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # there is no git
         commit = None
-    record = {"config": dataclasses.asdict(cfg), "shape": dataclasses.asdict(shape)}
-    record["data"] = {suite: rl.digest(suite) for suite in cfg.suites() if suite not in rl.SUITES}
-    record |= {"command": sys.argv, "seed": cfg.seed, "commit": commit}
-    record["device"] = describe(cfg, device)
-    record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    record["versions"]["nanoocc"] = evaluation.VERSION  # of the folder's format
-    tokens = cfg.tokens_per_update()
-    record["logp_impl"] = mtp.pick_impl(cfg.logp_impl, tokens, shape.vocab_size, device)
-    return record
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["nanoocc"] = evaluation.VERSION  # of the folder's format
+    impl = mtp.pick_impl(cfg.logp_impl, cfg.tokens_per_update(), shape.vocab_size, device)
+    return {
+        "config": dataclasses.asdict(cfg),
+        "shape": dataclasses.asdict(shape),
+        "data": {suite: rl.digest(suite) for suite in cfg.suites() if suite not in rl.SUITES},
+        "command": sys.argv,
+        "seed": cfg.seed,
+        "commit": commit,
+        "versions": versions,
+        "device": describe(cfg, device),
+        "logp_impl": impl,
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
+# ---- A run ---------------------------------------------------------------------------------------
 
 
 def main(cfg, resume=False):
@@ -391,7 +390,7 @@ def main(cfg, resume=False):
     say(f"{cfg.out}: {describe(cfg, device)}")
     if occ.REGIMES[cfg.regime].rule == "proxy" and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing changes after a rollout")
-    ckpt, kl_coef, reference = None, rl.ALGOS[cfg.algo].kl_coef, None
+    ckpt = None
     if resume:
         about, ckpt = evaluation.read_run(cfg.out)
         evaluation.check_data(about)
@@ -406,20 +405,17 @@ def main(cfg, resume=False):
     began -= ckpt["seconds"] if ckpt else 0
     run = Run(cfg, resume, start if ckpt else -1)
     model, heads, optimizer = evaluation.new_state(cfg, shape, device)
-    state = {"model": model, "heads": heads, "optimizer": optimizer}
     go_on = f"go on with: python train.py --resume {shlex.quote(cfg.out)}"
-    if ckpt and ckpt["steps"] != cfg.steps:
+    if resume and cfg.steps != (ckpt or about["config"])["steps"]:
         go_on += f" --steps {cfg.steps}"
     try:
         if not resume:
             run.write(header(cfg, shape, device))
-        base = pretrained(cfg, shape, device) if kl_coef or ckpt is None else None
-        evaluation.load_weights(base or ckpt, model=model)
-        if kl_coef:
-            reference = copy.deepcopy(model)
-        evaluation.load_weights(ckpt or base, model=model, heads=heads)
+        evaluation.load_weights(ckpt or pretrained(cfg, shape, device), model=model, heads=heads)
+        reference = copy.deepcopy(model) if rl.ALGOS[cfg.algo].kl_coef else None
+        state = {"model": model, "heads": heads, "optimizer": optimizer, "reference": reference}
         if ckpt:
-            evaluation.load_weights(ckpt, optimizer=optimizer)
+            evaluation.load_weights(ckpt, optimizer=optimizer, reference=reference)
         else:
             record = rl.evaluate(model, tok, cfg)
             run.write({"step": 0, "time": time.perf_counter() - began} | record)
@@ -447,9 +443,9 @@ def main(cfg, resume=False):
         raise KeyboardInterrupt(go_on) from None
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error}); what was saved before is kept"
-        raise OSError(f"{cfg.out}: {reason}; make room, then {go_on}") from None
+        raise OSError(f"{error.filename or cfg.out}: {reason}; make room, then {go_on}") from None
     finally:
-        run.close()
+        run.log.close()
     if world()[0] == 0:
         curves = Path(cfg.out) / "curves.png"
         evaluation.plot([cfg.out], curves)
@@ -458,8 +454,7 @@ def main(cfg, resume=False):
             f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {curves}")  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def command_line(argv):
@@ -490,7 +485,7 @@ def command_line(argv):
     steps = {"steps": ckpt["steps"]} if ckpt else {}
     cfg = Config(**about["config"] | steps | given | {"out": folder})
     if ckpt and cfg.steps < ckpt["step"]:
-        raise ValueError(f"--steps {cfg.steps}: must be {ckpt['step']} or more: they are done")
+        raise ValueError(f"--steps {cfg.steps}: must be {ckpt['step']} or more: it is there")
     return cfg, True
 
 

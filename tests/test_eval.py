@@ -71,7 +71,7 @@ def test_score_sample_and_plot_of_two_seeds(trained, capsys, monkeypatch, tmp_pa
 
 def test_explain_shows_where_lambda_comes_from(trained, capsys):
     cfg, single = trained(algo="drgrpo", mtp_depth=2), trained("single", updates_per_rollout=1)
-    with pytest.raises(ValueError, match="every δ is 0: one update a rollout"):
+    with pytest.raises(ValueError, match="every δ is 0: one update per rollout"):
         said(capsys, "explain", single.out)
     again, state = evaluation.load_run(evaluation.parse(["explain", cfg.out]))
     again.probe_every, tok, sums = 1, cfg.tok(), {}
