@@ -583,17 +583,23 @@ def draw_problem(suite, difficulty, rng, held_out=False, careless=0.0):
     if suite not in SUITES:
         return rng.choice(side_of_split(suite, held_out))
 
-    def solve(seed, carried):  # with the same seed a suite draws the same operands
-        return SUITES[suite](random.Random(seed).randrange, difficulty, carried)
+    operands = []
+
+    def draw(*limits):
+        operands.append(rng.randrange(*limits))
+        return operands[-1]
 
     while True:
-        seed = rng.random()
-        prompt, working, right = solve(seed, lambda carry: carry)
+        operands.clear()
+        prompt, working, right = SUITES[suite](draw, difficulty, lambda carry: carry)
         if is_held_out(prompt) == held_out:
             break
     written = right
-    if rng.random() < careless:
-        _, working, written = solve(seed, lambda carry: carry if rng.random() < 0.5 else 0)
+    if rng.random() < careless:  # the same operands again, and a coin for each carry
+        again = iter(operands)
+        _, working, written = SUITES[suite](
+            lambda *limits: next(again), difficulty, lambda carry: carry * (rng.random() < 0.5)
+        )
     return Problem(suite, prompt, str(int(right[::-1])), f"{working}####{written}")
 
 
@@ -631,18 +637,20 @@ def check_room(cfg, tok):
         cut = sum(size > R for size, _ in sizes)
         longest_prompt = max(longest_prompt, prompt)
         longest_response = max(longest_response, needed)
-        where = f"{suite}:{at}"
+        of = suite
         if suite not in SUITES:
+            of = f"{suite} (the longest: {suite}:{at})"
             longest = f"longest prompt {prompt} tokens ({suite}:{line}), longest solution {needed}"
             cut_off = f"{cut} of {len(problems)} solutions are longer than --max_new_tokens {R}"
-            notes.append(f"{suite}: {longest} ({where}); {cut_off}")
+            notes.append(f"{suite}: {longest} ({suite}:{at}); {cut_off}")
             for held_out in (False, True):
                 side_of_split(suite, held_out)  # ValueError if a side is empty
         elif ALGOS[cfg.algo].overlong:  # the penalty takes the last fifth
             needed = math.ceil(needed * 5 / 4)
         if 2 * cut > len(problems) or (suite in SUITES and needed > R):
-            few = f"must be {needed} or more for all solutions of {suite} to fit ({where})"
-            raise ValueError(f"--max_new_tokens {R}: {few}")
+            raise ValueError(
+                f"--max_new_tokens {R}: must be {needed} or more for all solutions of {of}"
+            )
     return longest_prompt + longest_response, notes
 
 
