@@ -203,16 +203,16 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
 
     h (..., C), weight (V, C), targets (...) from 0 to V-1 -> logp (...), in float32 (float64 of float64, without the
     kernels). impl: "naive" holds all (N, V) logits, "chunked" and "triton" about CHUNK_LOGITS; "auto" picks one.
-    Raises ValueError on an impl that cannot run here and on a target out of range. On a GPU, where to check would make
-    the host wait, the log-prob of such a target is NaN.
+    Raises ValueError on an impl that cannot run here and, on a CPU, on a target out of range; elsewhere to check it
+    would make the host wait.
     """
     impl = pick_impl(impl, targets.numel(), len(weight), h.device)
     target_N = targets.reshape(-1)
-    valid_N = (target_N >= 0) & (target_N < len(weight))
-    if h.device.type == "cpu" and not valid_N.all():
-        wrong = target_N[~valid_N][0].item()
-        raise ValueError(f"targets: {wrong} is out of range; allowed: 0 to {len(weight) - 1}")
-    target_N = target_N.clamp(0, len(weight) - 1)
+    if h.device.type == "cpu":
+        wrong_N = target_N[(target_N < 0) | (target_N >= len(weight))]
+        if len(wrong_N):
+            allowed = f"allowed: 0 to {len(weight) - 1}"
+            raise ValueError(f"targets: {wrong_N[0].item()} is out of range; {allowed}")
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     h_NC, W = h.reshape(-1, h.size(-1)).to(dtype), weight.to(dtype)
     with torch.autocast(h.device.type, enabled=False):
@@ -221,7 +221,7 @@ def linear_logp(h, weight, targets, temperature=1.0, impl="auto"):
         else:
             with_kernels = impl == "triton" and dtype == torch.float32
             logp_N = RecomputedLogp.apply(h_NC, W, target_N, temperature, with_kernels)
-    return torch.where(valid_N, logp_N, torch.nan).view(targets.shape)
+    return logp_N.view(targets.shape)
 
 
 class RecomputedLogp(torch.autograd.Function):

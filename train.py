@@ -122,10 +122,10 @@ class Config:
         need("updates_per_rollout", self.updates_per_rollout <= self.prompts_per_step, at_most)
         least = 1 if self.algo == "reinforce" else 2
         need("num_generations", self.num_generations >= least, "2 or more (1 with reinforce)")
-        names = self.task if self.task == "arithmetic" else "+".join(map(rl.label, self.suites()))
-        self.out = self.out or f"out/{names}-{self.regime}-s{self.seed}"
         for name in ("out", "data_dir", "cache_dir"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+        names = self.task if self.task == "arithmetic" else "+".join(map(rl.label, self.suites()))
+        self.out = self.out or f"out/{names}-{self.regime}-s{self.seed}"
 
     def tok(self):
         return rl.get_tokenizer(self.tokenizer)
