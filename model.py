@@ -79,10 +79,11 @@ class Block(nn.Module):
         """x (B, S, C). With a KVCache, x is at the positions of its `begin`."""
         B, S, C = x.shape
         qkv = self.qkv(self.norm_attn(x)).view(B, S, 3, self.n_head, C // self.n_head)
-        q, kv, mask = qkv[:, :, 0], qkv[:, :, 1:].movedim(2, 0), None
+        (q, k, v), mask = qkv.unbind(2), None
         if cache is not None:
-            kv, mask = cache.write(layer, kv), cache.mask
-        q, k, v = q.transpose(1, 2), kv[0].transpose(1, 2), kv[1].transpose(1, 2)  # (B, H, ·, D)
+            k, v = cache.write(layer, qkv[:, :, 1:].movedim(2, 0))
+            mask = cache.mask
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, ·, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.attn_out(y.transpose(1, 2).reshape(B, S, C))
         return x + self.mlp_out(self.mlp_in(self.norm_mlp(x)).relu_())
