@@ -128,7 +128,7 @@ def lam_star(c, v2, eta, L):
 def noisy_terms(lam, c, ghm, mhm, eta):
     """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain step against ĝ + λ m̂.
 
-    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ (the curvature between the means, and the noise that both share), mhm = E m̂ᵀHm̂. With
+    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ (curvature between the means, and the noise that both share), mhm = E m̂ᵀHm̂. With
     exact gradients and H = L·1 the sum is delta_mtp.
     """
     first_order = eta * lam * c

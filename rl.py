@@ -481,9 +481,9 @@ def get_tokenizer(name):
 
 
 # ---- Six suites of arithmetic --------------------------------------------------------------------
-# They are made up as needed. All numbers are written least significant digit first and at a fixed width, as one computes
-# on paper, from the right (Lee et al. 2023, arXiv 2307.03381): 58 + 67 = 125 is "85+76=####521". Each suite has one
-# place where care is needed, the carry. A careful solution never forgets it; a careless one forgets each carry with
+# Made up as needed. All numbers are written least significant digit first and at a fixed width, as one computes on
+# paper, from the right (Lee et al. 2023, arXiv 2307.03381): 58 + 67 = 125 is "85+76=####521". Each suite has one place
+# where care is needed, the carry. A careful solution never forgets it; a careless one forgets each carry with
 # probability 1/2. A base model pretrained on both has the skill but shows it half of the time; RL, which can hardly
 # teach a new skill in minutes, brings it out.
 

@@ -8,8 +8,8 @@
 The algorithm is `step` in rl.py. What is here prepares a base model and calls `step` again and again.
 
 A run is a folder: metrics.jsonl (first line: config, sizes of the model, digests of the data, seed, commit, versions,
-device; then a line per step), ckpt.pt, curves.png. Random numbers are derived from (seed, purpose, step), so a resumed run
-needs no generator states; those of evaluations are always the same.
+device; then a line per step), ckpt.pt, curves.png. Random numbers are derived from (seed, purpose, step), so a resumed
+run needs no generator states; those of evaluations are always the same.
 
 Left out: learning-rate schedules and weight decay in RL, gradient accumulation.
 """
