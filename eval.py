@@ -165,7 +165,7 @@ def cell(interval, digits=1):
     if math.isnan(mean):
         return "–"
     spread = "(n = 1)" if math.isnan(half) else f"± {half:.{digits}f}"
-    return f"{mean:.{digits}f} {spread}"
+    return f"{mean:z.{digits}f} {spread}"
 
 
 def markdown(head, rows):
@@ -440,6 +440,10 @@ TERMS = {  # the prefix of onestep's numbers, and its name; they go on with the 
     "first": "first order", "shared": "shared noise", "penalty": "penalty", "sum": "sum",
     "sum8": "sum, 8 × the minibatch", "adam": "Adam's step",
 }  # fmt: skip
+DENOMINATORS = {  # of onestep's numbers that are quotients, by their prefix
+    **dict.fromkeys(("rl", "first", "shared", "penalty", "sum", "sum8"), "eta_g2"),
+    "adam": "gain", "lam_star": "bottom", "lam_star8": "bottom8", "lam_plus": "bottom_t",
+}  # fmt: skip
 
 
 def onestep(args):
@@ -447,32 +451,31 @@ def onestep(args):
 
     Two kinds of step. A plain step of size η against ĝ + λ m̂: its mean gain to second order, by occ.noisy_terms, for
     the run's own m, in % of η g². And a step of Adam with clip, whose second moments have converged: its first-order
-    gain D(λ) = Σ_j E[g_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in % over λ = 0. Limits: H is the Hessian of the
-    clipped surrogate of single tokens, without a KL term.
+    gain D(λ) = Σ_j E[g_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in % over λ = 0. A "–" is a quotient whose denominator
+    may be 0. Limits: H is the Hessian of the clipped surrogate of single tokens, without a KL term; each minibatch
+    stands at weights of its own, one update from the checkpoint.
     """
     cfg, state = load_run(args, with_heads=True)
-    sums, found = measure(cfg, state, args.rollouts)
+    sums = measure(cfg, state, args.rollouts)
     whole = one_step(sums, list(range(PARTS)))
     parts = [one_step(sums, [i for i in range(PARTS) if i != part]) for part in range(PARTS)]
-    for key, value in whole.items():
-        found[key] = jackknife(value, [part[key] for part in parts])
-    denominators = {"lam_star": "mhm", "lam_star8": "mhm8", "adam": "gain", "rl": "g2"}
-    for key in found:
-        below = denominators.get(key.split("/")[0], "g2" if "/" in key else None)
-        may_be_0 = below and abs(found[below][0]) <= found[below][1]
-        if may_be_0 or math.isnan(found[key][1]):
-            found[key] = math.nan, math.nan
+    found = {key: jackknife(value, [part[key] for part in parts]) for key, value in whole.items()}
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
-    numbers = {key: [None if math.isnan(x) else x for x in value] for key, value in found.items()}
-    path.write_text(json.dumps(numbers), encoding="utf-8")
+    numbers = {key: [x if math.isfinite(x) else None for x in xs] for key, xs in found.items()}
+    path.write_text(json.dumps(numbers), encoding="utf-8")  # all of them: reproduce pools seeds
+    for key in found:
+        below = found.get(DENOMINATORS.get(key.split("/")[0]))
+        if below and not below[0] > below[1]:
+            found[key] = math.nan, math.nan
     draw_onestep(found, f"{args.run}, {args.checkpoint}", path.with_suffix(".png"))
     rows = [[lam, *(cell(found[f"{term}/{lam:g}"], 0) for term in TERMS)] for lam in LAMS]
     return [
         f"m of {occ.REGIMES[cfg.regime].loss}. What MTP adds to a plain step, in % of η g², and to the "
         "first-order gain of Adam's step, in % of that at λ = 0; ± 95 % (jackknife):",
         *markdown(["λ", *TERMS.values()], rows),
-        f"RL alone gains {cell(found['rl'], 0)} % of η g². λ* with noise counted {cell(found['lam_star'], 2)}; "
-        f"λ_t of the proxy {cell(found['lam_t'], 3)}.",
+        f"RL alone gains {cell(found['rl'], 0)} % of η g². λ* with noise counted {cell(found['lam_star'], 2)}, with "
+        f"8 × the minibatch {cell(found['lam_star8'], 2)}.",
+        f"λ_t of the proxy {cell(found['lam_t'], 3)}; it would be λ* with λ₊ = {cell(found['lam_plus'], 1)}.",
         f"Noise: {cell(found['noise_g'], 0)} % of a minibatch's ‖g‖², {cell(found['noise_m'], 0)} % of ‖m‖². Without "
         f"it the cosine of g and m is {cell(found['cos'], 2)}. Lη along Adam's update {cell(found['L_eta'], 3)}.",
         str(path.with_suffix(".png")),
@@ -480,59 +483,59 @@ def onestep(args):
 
 
 def measure(cfg, state, rollouts):
-    """What `one_step` needs of a minibatch per rollout: sums over PARTS parts; and intervals of λ_t and Lη.
+    """What `one_step` needs, from a minibatch per rollout: sums over the minibatches of each of PARTS parts.
 
     rl.step makes two updates: the first moves the weights, the second has the minibatch. Hg and Hm are differences of
-    the policy loss's gradient along g and m over the length of the second update, on the minibatch of another rollout:
-    on its own samples a gradient falls faster than on fresh ones. What is kept is on the CPU.
+    the policy loss's gradient along g and m over the length of the second update, on the minibatch of another rollout
+    of the same part: on its own samples a gradient falls faster than on fresh ones. What is kept is on the CPU.
     """
     cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
     cfg.updates_per_rollout, cfg.probe_every = 2, 1
-    tok, algo, rows = rl.get_tokenizer(cfg.tokenizer), rl.ALGOS[cfg.algo], []
-    trunk, found = copy.deepcopy(state[0]), {"lam_t": [], "L_eta": []}
+    tok, algo, seen, rows = rl.get_tokenizer(cfg.tokenizer), rl.ALGOS[cfg.algo], [], []
+    for i in tqdm(range(rollouts), "rollouts", disable=None):
+        # Loading the checkpoint again would not do: Adam's moments share its memory.
+        model, heads, optimizer = copy.deepcopy(state)
+        _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
+        if last and last.deltas[1].any() and last.g.any():
+            seen.append((last, parameters_to_vector(model.parameters()).detach()))
+    size = len(seen) // PARTS
+    if size < 2:
+        few = f"{len(seen)} gave a gradient; {2 * PARTS} are needed"
+        raise ValueError(f"--rollouts {rollouts}: {few}")
+    trunk = copy.deepcopy(state[0])
 
     def gradient(theta, mb):
         vector_to_parameters(theta, trunk.parameters())
         logp, _ = rl.logprobs(trunk, None, mb, cfg)
         return occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(trunk.parameters()))
 
-    for i in tqdm(range(rollouts), "rollouts", disable=None):
-        # Loading the checkpoint again would not do: Adam's moments share its memory.
-        moved, again = copy.deepcopy(state), copy.deepcopy(state)
-        _, _, last = rl.step(cfg, *moved, tok, 10**9 + 2 * i)
-        _, _, fresh = rl.step(cfg, *again, tok, 10**9 + 2 * i + 1)
-        if not (last and fresh and last.deltas[1].any() and last.g.any() and fresh.g.any()):
-            continue  # too few prompts had both right and wrong samples
-        after = parameters_to_vector(moved[0].parameters()).detach()
-        delta = last.theta - after
-        here = gradient(last.theta, fresh.mb)
+    for i, (last, after) in enumerate(tqdm(seen[: size * PARTS], "curvatures", disable=None)):
+        fresh = seen[i + 1 if (i + 1) % size else i + 1 - size][0].mb
+        delta, here = last.theta - after, gradient(last.theta, fresh)
         row = {"g": last.g, "m": last.m, "length": delta.norm()}
         for name in ("g", "m"):
             e = delta.norm() / row[name].norm().clamp(min=1e-30)
-            row["H" + name] = (here - gradient(last.theta - e * row[name], fresh.mb)) / e
+            row["H" + name] = (here - gradient(last.theta - e * row[name], fresh)) / e
         for a, b in ("gg", "mm", ("g", "Hg"), ("g", "Hm"), ("m", "Hg"), ("m", "Hm")):
             row[a + b] = occ.dot(row[a], row[b])
         for lam in LAMS:
             u = last.g + lam * last.m
             row[f"u{lam:g}"] = u / u.norm().clamp(min=1.0)  # as training clips it
+        row["lam_t"] = occ.logprob_coefficient(*last.deltas)
+        fall = occ.dot(here - gradient(after, fresh), delta)
+        row["L_eta"] = fall / (delta.norm() * last.g.norm())
         rows.append({name: x.cpu() for name, x in row.items()})
-        found["lam_t"].append(occ.logprob_coefficient(*last.deltas).item())
-        fall = occ.dot(here - gradient(after, fresh.mb), delta)
-        found["L_eta"].append((fall / (delta.norm() * last.g.norm())).item())
-    size = len(rows) // PARTS
-    if size == 0:
-        raise ValueError(f"--rollouts {rollouts}: {len(rows)} gave a gradient; {PARTS} are needed")
     sums = {"size": size}
     for name in rows[0]:
-        stack = torch.stack([row[name] for row in rows[: size * PARTS]]).unflatten(0, (PARTS, size))
+        stack = torch.stack([row[name] for row in rows]).unflatten(0, (PARTS, size))
         sums[name] = stack.sum(1)
         if name.startswith("u"):
             sums["square " + name] = stack.square().sum(1)
-    return sums, {name: interval(values) for name, values in found.items()}
+    return sums
 
 
 def one_step(sums, kept):
-    """The numbers of `onestep` from some of the parts.
+    """The numbers of `onestep` from some of the parts; a quotient without a denominator is nan.
 
     Products across parts have no noise in common, and products within a minibatch have all of it.
     """
@@ -546,8 +549,9 @@ def one_step(sums, kept):
         return sums[ab][kept].sum().item() / n
 
     g2, c, v2 = (across(*pair).sum().item() for pair in ("gg", "gm", "mm"))
-    eta = within("length") / within("gg") ** 0.5
-    found = {"g2": g2, "c": c, "rl": 100 * (1 - eta / 2 * within("gHg") / g2)}
+    eta, lam_t = within("length") / within("gg") ** 0.5, within("lam_t")
+    found = {"g2": g2, "c": c, "eta_g2": eta * g2, "lam_t": lam_t, "L_eta": within("L_eta")}
+    found["rl"] = 100 * (1 - eta / 2 * within("gHg") / g2)
     found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
     found |= {"noise_g": 100 - 100 * g2 / within("gg"), "noise_m": 100 - 100 * v2 / within("mm")}
     for size, tag in ((1, ""), (8, "8")):  # a larger minibatch has less noise and the same means
@@ -555,11 +559,14 @@ def one_step(sums, kept):
         mhm = across("m", "Hm").sum().item()
         ghm += ((within("gHm") + within("mHg")) / 2 - ghm) / size
         mhm += (within("mHm") - mhm) / size
-        found |= {f"mhm{tag}": mhm, f"lam_star{tag}": occ.noisy_lam_star(c, ghm, mhm, eta)}
+        best = occ.noisy_lam_star(c, ghm, mhm, eta)
+        found |= {f"bottom{tag}": eta * mhm, f"lam_star{tag}": best}
         for lam in LAMS:
             terms = [100 * x / (eta * g2) for x in occ.noisy_terms(lam, c, ghm, mhm, eta)]
             for name, value in zip(("first", "shared", "penalty", "sum"), (*terms, sum(terms))):
                 found[f"{name}{tag}/{lam:g}"] = value
+    found["bottom_t"] = found["bottom"] * lam_t
+    found["lam_plus"] = found["lam_star"] / lam_t if lam_t else math.nan
     for lam in [0.0, *LAMS]:
         root = (sums[f"square u{lam:g}"][kept].sum(0) / n).sqrt() + 1e-8  # Adam's ε
         gain = (across("g", f"u{lam:g}") / root).sum().item()
@@ -669,7 +676,7 @@ def reproduce_one(args, label, seed, threads):
 def finished_runs(out):
     """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps.
 
-    What `onestep` found at a step stands in its record, each mean as onestep/<key>.
+    What `onestep` found at a step stands in its record, each number as onestep/<key>.
     """
     runs = {}
     for label, path in itertools.product(REPRODUCED, sorted(out.glob("*/metrics.jsonl"))):
@@ -697,72 +704,170 @@ def finished_runs(out):
 def draw(out):
     """Every figure and every table, from the runs that lie in `out`."""
     runs = finished_runs(out)
-
-    def lines(key, *labels):
-        return {label: curves(runs[label], key) for label in labels if label in runs}
+    figure, axes = panels_of(3)
+    draw_gaps(axes[0], runs)
+    draw_terms(axes[1], [(label, runs[label], 0, 1) for label in ("ce", "policy") if label in runs])
+    axes[1].set(title="What MTP adds to a plain step at λ = 1")
+    draw_coefficients(axes[2], runs)
+    save(figure, out / "overview.png")
 
     figure, axes = panels_of(2)
-    scores = lines("eval/score", *DRAWN)
-    draw_lines(axes[0], scores, PANELS["eval/score"], 60)
-    detach = scores.pop("detach", {})
-    for label, seeds in scores.items():
-        scores[label] = {seed: minus(seeds[seed], detach[seed]) for seed in seeds if seed in detach}
-    panel = dict(title="Difference to detach, seed by seed", ylabel="points of 100")
-    draw_lines(axes[1], scores, panel, 60)
+    draw_lines(axes[0], curves_of(runs, "eval/score", DRAWN), PANELS["eval/score"], 60)
+    draw_gaps(axes[1], runs)
     save(figure, out / "1-scores.png")
 
     figure, axes = panels_of(6)
+    axes[2].set(
+        title="Adam's step at λ = 1, over λ = 0", xlabel="step", ylabel="% of its first-order gain"
+    )
     for axis, label in zip(axes, ("ce", "policy")):
-        draw_terms(axis, runs.get(label, {}), f"{label}: a plain step at λ = 1")
-    panel = dict(title="Adam's step at λ = 1, over λ = 0", ylabel="% of its first-order gain")
-    draw_lines(axes[2], lines("onestep/adam/1", "ce", "policy"), panel)
+        seeds = runs.get(label, {})
+        last = max((records[-1]["step"] for records in seeds.values()), default=1)
+        states = [(step, seeds, step / last, step / last) for step in measured(seeds)]
+        draw_terms(axis, states)
+        axis.set(title=f"{label}: what MTP adds to a plain step at λ = 1", xlabel="step")
+        draw_states(axes[2], seeds, "adam/1", label)
     for axis, key in zip(axes[3:], ("occ/c", "occ/v2", "eval/score")):
-        draw_lines(axis, lines(key, "ce", "policy"), PANELS[key])
+        draw_lines(axis, curves_of(runs, key, ("ce", "policy")), PANELS[key])
     save(figure, out / "2-decomposition.png")
 
     figure, axes = panels_of(1)
-    names = {"λ_t": "occ/lam", "λ*": "onestep/lam_star", "c/v² of the minibatch": "occ/lam_exact"}
-    coefficients = {name: curves(runs.get("occ", {}), key) for name, key in names.items()}
-    draw_lines(axes[0], coefficients, dict(title="occ: coefficients", ylabel="λ"))
+    draw_coefficients(axes[0], runs)
     save(figure, out / "3-coefficient.png")
-
-    rows, base = [], over(runs.get("detach", {}), "eval/score", 0.8)
-    for label, seeds in runs.items():
-        start, end = over(seeds, "eval/score", 0, 0), over(seeds, "eval/score", 0.8)
-        row = [cell(interval(x.values())) for x in (start, end, minus(end, base))]
-        thirds = over(seeds, "occ/lam", 0, 1 / 3), over(seeds, "occ/lam", 2 / 3)
-        rows.append([label, len(seeds), *row, *(cell(interval(x.values()), 3) for x in thirds)])
-    head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
-    (out / "scores.md").write_text("\n".join(markdown(head, rows)) + "\n", encoding="utf-8")
-    head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
-    (out / "claims.md").write_text("\n".join(markdown(head, claims(runs))) + "\n", encoding="utf-8")
+    for name, lines in tables(runs).items():
+        (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def draw_terms(axis, seeds, title):
-    """Bars of the terms at the measured states, means over seeds, and their sum with its interval."""
-    for i, term in enumerate(("first", "shared", "penalty")):
-        steps, mean, _ = averaged(curves(seeds, f"onestep/{term}/1"), 99)
-        axis.bar(np.arange(len(steps)) + 0.22 * (i - 1), mean, 0.2, label=TERMS[term])
-    steps, mean, half = averaged(curves(seeds, "onestep/sum/1"), 99)
-    axis.errorbar(np.arange(len(steps)), mean, half, fmt="ok", capsize=3, label="sum")
-    axis.set_xticks(range(len(steps)), [f"{step:g}" for step in steps])
+def curves_of(runs, key, labels):
+    return {label: curves(runs[label], key) for label in labels if label in runs}
+
+
+def draw_gaps(axis, runs):
+    """Held-out scores less those of detach, seed by seed."""
+    scores = curves_of(runs, "eval/score", DRAWN)
+    detach, gaps = scores.pop("detach", {}), {}
+    for label, seeds in scores.items():
+        gaps[label] = {seed: minus(seeds[seed], detach[seed]) for seed in seeds if seed in detach}
+    panel = dict(title="Held-out score less that of detach", ylabel="points of 100")
+    draw_lines(axis, gaps, panel, 60)
+
+
+def draw_terms(axis, groups):
+    """Bars of the terms at λ = 1, and their sum with its interval, of each (name, seeds, first, last), see `over`."""
+    x = np.arange(len(groups))
+    for i, term in enumerate(("first", "shared", "penalty", "sum", "sum8")):
+        found = [pooled(over(*group, f"onestep/{term}/1")) for _, *group in groups]
+        mean, half = np.array(found).reshape(-1, 2).T
+        if i < 3:
+            axis.bar(x + 0.2 * (i - 1), mean, 0.2, label=TERMS[term])
+        else:
+            style = dict(fmt="o", color="black", capsize=3, mfc=("black", "white")[i - 3])
+            axis.errorbar(x + 0.1 * (2 * i - 7), mean, half, **style, label=TERMS[term])
+    axis.set_xticks(x, [f"{name}" for name, *_ in groups])
+    axis.set(ylabel="% of η g²")
     axis.axhline(0, color="black", lw=0.5)
-    axis.set(title=f"{title} (n = {len(seeds)})", xlabel="step", ylabel="% of η g²")
     axis.legend(fontsize="small")
 
 
+def measured(seeds):
+    """The steps at which `onestep` has measured every seed."""
+    steps = [set(curve) for curve in curves(seeds, "onestep/eta_g2").values()]
+    return sorted(set.intersection(*steps)) if steps else []
+
+
+def draw_states(axis, seeds, key, name):
+    """A number of `onestep` at the measured steps, with its interval over seeds."""
+    last = max((records[-1]["step"] for records in seeds.values()), default=1)
+    steps = measured(seeds)
+    found = [pooled(over(seeds, x / last, x / last, f"onestep/{key}")) for x in steps]
+    mean, half = np.array(found).reshape(-1, 2).T
+    color = f"C{list(REPRODUCED).index(name)}" if name in REPRODUCED else "black"
+    axis.errorbar(steps, mean, half, fmt="o", color=color, capsize=3, label=name)
+    axis.axhline(0, color="black", lw=0.5)
+    axis.legend(fontsize="small")
+
+
+def draw_coefficients(axis, runs):
+    names = {"λ_t": "occ/lam", "c/v² of the minibatch": "occ/lam_exact"}
+    lines = {name: curves(runs.get("occ", {}), key) for name, key in names.items()}
+    draw_lines(axis, lines, dict(title="occ: coefficients", ylabel="λ"))
+    draw_states(axis, runs.get("occ", {}), "lam_star", "λ*, noise counted")
+
+
 def minus(a, b):
-    """{seed or step: number} less another, of what both have."""
+    """{step: number} less another, of what both have."""
     return {key: a[key] - b[key] for key in a if key in b}
 
 
-def over(seeds, key, first=0.0, last=1.0):
-    """{seed: mean of what was logged under a key}, between two shares of training: 0.8 to 1 is the last fifth."""
-    means = {}
+def over(seeds, first, last, key):
+    """{seed: (Σ weight · value, Σ weight)} of what was logged under a key, between two shares of training.
+
+    A number of `onestep` that is a quotient has its denominator as weight, so that Σ/Σ is the quotient of the means: a
+    state with a denominator near 0 counts for nothing, and none is left out. All other weights are 1.
+    """
+    found = {}
+    weight = DENOMINATORS.get(key.split("/")[1])
     for seed, curve in curves(seeds, key).items():
-        steps = seeds[seed][-1]["step"]
-        means[seed] = interval(x for step, x in curve.items() if first <= step / steps <= last)[0]
-    return means
+        weights = curves({seed: seeds[seed]}, f"onestep/{weight}")[seed] if weight else {}
+        steps = [x for x in curve if first <= x / seeds[seed][-1]["step"] <= last]
+        pairs = [(weights.get(x, 1.0) * curve[x], weights.get(x, 1.0)) for x in steps]
+        if pairs:
+            found[seed] = tuple(map(sum, zip(*pairs)))
+    return found
+
+
+def pooled(seeds, less=None):
+    """(Σ/Σ of `over`, half-width of its 95 % interval), or that less another, of the seeds that both have.
+
+    The jackknife leaves out one seed with all that belongs to it; for a mean it gives Student's interval. nan where a
+    denominator may be 0.
+    """
+    sides = [seeds] if less is None else [seeds, less]
+    common = [seed for seed in seeds if all(seed in side for side in sides)]
+
+    def value(some):
+        means = [sum(side[s][0] for s in some) / sum(side[s][1] for s in some) for side in sides]
+        return means[0] - sum(means[1:])
+
+    below = [interval([side[seed][1] for seed in common]) for side in sides]
+    if not common or any(mean <= 0 or mean <= half for mean, half in below):
+        return math.nan, math.nan
+    if len(common) == 1:
+        return value(common), math.nan
+    return jackknife(value(common), [value([s for s in common if s != x]) for x in common])
+
+
+def tables(runs):
+    """{name: lines}: scores, the terms at the measured states, and claims. ± 95 % over seeds."""
+    rows, base = [], over(runs.get("detach", {}), 0.8, 1, "eval/score")
+    for label, seeds in runs.items():
+        start, end = over(seeds, 0, 0, "eval/score"), over(seeds, 0.8, 1, "eval/score")
+        row = [cell(pooled(*x)) for x in ((start,), (end,), (end, base))]
+        thirds = over(seeds, 0, 1 / 3, "occ/lam"), over(seeds, 2 / 3, 1, "occ/lam")
+        rows.append([label, len(seeds), *row, *(cell(pooled(x), 3) for x in thirds)])
+    head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
+    found = {"scores": markdown(head, rows)}
+
+    numbers = {f"{term}/1": (name, 0) for term, name in TERMS.items()}
+    numbers |= {"rl": ("RL alone", 0), "lam_star": ("λ*", 2), "lam_star8": ("λ*, 8 ×", 2)}
+    numbers |= {"lam_t": ("λ_t", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine", 2)}
+    numbers |= {
+        "noise_g": ("noise in ‖g‖², %", 0),
+        "noise_m": ("in ‖m‖², %", 0),
+        "L_eta": ("Lη", 3),
+    }
+    rows = []
+    for label, seeds in runs.items():
+        last = max(records[-1]["step"] for records in seeds.values())
+        for step in measured(seeds):
+            at = seeds, step / last, step / last
+            row = [cell(pooled(over(*at, f"onestep/{key}")), n) for key, (_, n) in numbers.items()]
+            rows.append([label, step, *row])
+    head = ["run", "step", *(name for name, _ in numbers.values())]
+    found["terms"] = markdown(head, rows)
+
+    head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
+    return found | {"claims": markdown(head, claims(runs))}
 
 
 def claims(runs):
@@ -774,38 +879,52 @@ def claims(runs):
     rows, early, middle, late = [], (0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
     first, penalty, score, ratio = "onestep/first/1", "onestep/penalty/1", "eval/score", "occ/v2_g2"
 
-    def mean(label, key, part=(0, 1)):
-        return over(runs.get(label, {}), key, *part)
+    def part(label, key, shares=(0, 1)):
+        return over(runs.get(label, {}), *shares, key)
 
-    def claim(name, quantity, values, above=-math.inf, below=math.inf):
-        center, half = interval(values.values())
+    def claim(name, quantity, seeds, less=None, above=-math.inf, below=math.inf):
+        center, half = pooled(seeds, less)
         verdict = "undecided"
         if above < center - half and center + half < below:
             verdict = "reproduced"
         elif center + half <= above or center - half >= below:
             verdict = "not"
-        n = sum(not math.isnan(value) for value in values.values())
+        n = len(seeds) if less is None else len(seeds.keys() & less.keys())
         shown = cell((center, half), 3)
         rows.append([name, quantity, shown, n, f"{above:g} to {below:g}", verdict])
 
     def gap(label, other):
-        return minus(mean(label, score, (0.8, 1)), mean(other, score, (0.8, 1)))
+        return part(label, score, (0.8, 1)), part(other, score, (0.8, 1))
 
     def change(label, key, a, b):
-        return minus(mean(label, key, a), mean(label, key, b))
+        return part(label, key, a), part(label, key, b)
 
-    claim("H1", "ce: first order, %", mean("ce", first), -15, 15)
-    claim("H1", "ce: penalty, %", mean("ce", penalty), below=0)
-    claim("H1", "ce − detach, points", gap("ce", "detach"), below=0)
-    claim("H2", "policy: first order, %", mean("policy", first), 0)
-    claim("H2", "policy: first order, early − late, %", change("policy", first, early, late), 0)
-    claim("H2", "policy: log2 ‖m̂‖²/‖ĝ‖², late − early", change("policy", ratio, late, early), -1)
-    claim("H2", "policy: score, middle third − start", change("policy", score, middle, (0, 0)), 0)
-    claim("H2", "policy: score, middle third − last", change("policy", score, middle, late), 0)
-    claim("H3", "occ: λ_t, first third − last", change("occ", "occ/lam", early, late), 0)
-    claim("H4", "occ − detach, points", gap("occ", "detach"), 0)
+    claim("H1", "ce: first order, %", part("ce", first), above=-15, below=15)
+    claim("H1", "ce: penalty, %", part("ce", penalty), below=0)
+    claim("H1", "ce − detach, points", *gap("ce", "detach"), below=0)
+    claim("H2", "policy: first order, %", part("policy", first), above=0)
+    claim(
+        "H2", "policy: first order, early − late, %", *change("policy", first, early, late), above=0
+    )
+    claim(
+        "H2",
+        "policy: log2 ‖m̂‖²/‖ĝ‖², late − early",
+        *change("policy", ratio, late, early),
+        above=-1,
+    )
+    claim(
+        "H2",
+        "policy: score, middle third − start",
+        *change("policy", score, middle, (0, 0)),
+        above=0,
+    )
+    claim(
+        "H2", "policy: score, middle third − last", *change("policy", score, middle, late), above=0
+    )
+    claim("H3", "occ: λ_t, first third − last", *change("occ", "occ/lam", early, late), above=0)
+    claim("H4", "occ − detach, points", *gap("occ", "detach"), above=0)
     for label in ("policy", "policy-0.5", "policy-0.1"):
-        claim("H6", f"occ − {label}, points", gap("occ", label), 0)
+        claim("H6", f"occ − {label}, points", *gap("occ", label), above=0)
     return rows
 
 
@@ -863,7 +982,7 @@ def parse(argv):
                 command.add_argument(f"--{flag}", default=default, help=text + shown, **kind)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = {"k": 1, "seeds": 1, "rollouts": PARTS}.get(name, 0)
+        least = {"k": 1, "seeds": 1, "rollouts": 2 * PARTS}.get(name, 0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"--{name} {value}: must be {least} or more")
         if name == "temperature" and 0 < value < 0.01:
@@ -885,7 +1004,8 @@ FLAGS = [  # flag, default, commands that have it, help
     ("data_dir", "", "score", "folder of data sets [the run's own]"),
     ("seed", 0, "score sample explain", "of the samples; for explain of the problems too"),
     ("device", "cpu", "score sample explain onestep", "cpu, or any device that torch knows"),
-    ("rollouts", 48, "onestep reproduce", "how many; each gives one measured minibatch"),
+    ("rollouts", 48, "onestep", "how many; each gives one measured minibatch"),
+    ("rollouts", 96, "reproduce", "for each measured state"),
     ("checkpoint", "ckpt", "onestep", "file in the run's folder, as ckpt-60 (train.py --keep 60)"),
     ("seeds", 5, "reproduce", "how many"),
     ("first_seed", 0, "reproduce", "the first of them"),

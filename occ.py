@@ -138,8 +138,8 @@ def noisy_terms(lam, c, ghm, mhm, eta):
 
 
 def noisy_lam_star(c, ghm, mhm, eta):
-    """λ* with noise counted, which maximises the sum of noisy_terms; nan where mhm is not a penalty."""
-    return (c - eta * ghm) / (eta * mhm) if mhm > 0 else math.nan
+    """λ* with noise counted, which maximises the sum of noisy_terms if mhm > 0; nan where mhm is 0."""
+    return (c - eta * ghm) / (eta * mhm) if mhm else math.nan
 
 
 def flat_grad(loss, params):

@@ -116,6 +116,7 @@ def claims_of(**scores):
     for label, step in itertools.product(scores, range(1, 10)):
         for seed, score in enumerate(scores[label]):
             record = {"step": step, "eval/score": score, "onestep/first/1": 5.0 + 0.01 * seed}
+            record["onestep/eta_g2"] = 1.0
             runs[label][seed].append(record | {"occ/lam": 1 / step})
     return {row[1]: row[2:] for row in evaluation.claims(runs)}
 
@@ -133,11 +134,30 @@ def test_claims_are_paired_by_seed():
 
 
 def test_thirds_ends_and_gaps():
-    seeds = {7: [{"step": step, "x": float(step)} for step in range(10)], 8: [{"step": 9}]}
+    seeds = {7: [{"step": step, "x/y": float(step)} for step in range(10)], 8: [{"step": 9}]}
     for first, last, mean in ((0, 1 / 3, 1.5), (2 / 3, 1, 7.5), (0.8, 1, 8.5), (0, 0, 0.0)):
-        means = evaluation.over(seeds, "x", first, last)
-        assert means[7] == mean and math.isnan(means[8])
+        found = evaluation.over(seeds, first, last, "x/y")
+        assert found.keys() == {7} and evaluation.pooled(found)[0] == mean
     assert evaluation.minus({0: 5.0, 10: 7.0, 20: 9.0}, {0: 4.0, 20: 10.0}) == {0: 1.0, 20: -1.0}
+
+
+def test_seeds_are_pooled_by_their_denominators():
+    """Quotients as quotients of means: one without a denominator would otherwise outshout the rest."""
+    numbers = {seed: (0.5 + seed / 8, 2.0 + seed) for seed in range(4)} | {9: (-4.0, 1e-9)}
+    seeds = {}
+    for seed, (value, weight) in numbers.items():
+        seeds[seed] = [{"step": 1, "onestep/first/1": value, "onestep/eta_g2": weight}]
+    mean, half = evaluation.pooled(evaluation.over(seeds, 0, 1, "onestep/first/1"))
+    values, weights = zip(*numbers.values())
+    assert mean == pytest.approx(sum(v * w for v, w in numbers.values()) / sum(weights))
+    assert 0 < half < 2 and evaluation.interval(values)[1] > 2
+    for record, *_ in seeds.values():
+        record["onestep/eta_g2"] -= 3.0  # a mean that may be 0
+    found = evaluation.pooled(evaluation.over(seeds, 0, 1, "onestep/first/1"))
+    assert all(map(math.isnan, found))
+    plain = {seed: (value, 1.0) for seed, value in enumerate(values)}
+    assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(values))
+    assert evaluation.pooled(plain, {1: (1.0, 2.0)})[0] == values[1] - 0.5
 
 
 def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, monkeypatch):
@@ -146,9 +166,9 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     monkeypatch.setattr(evaluation, "PARTS", 4)
     out, flags = tmp_path / "out", {**SMALL, "task": "add,sub", "difficulty": 1, "keep": 0}
     command = f"reproduce --regimes detach,occ --seeds 1 --first_seed 3 --jobs 1 --out {out}"
-    command = [*command.split(), "--rollouts=8", "--", *(f"--{k}={v}" for k, v in flags.items())]
+    command = [*command.split(), "--rollouts=16", "--", *(f"--{k}={v}" for k, v in flags.items())]
     assert "2 of 2 runs in " in said(capsys, *command)[-1]
-    for name in ("1-scores", "2-decomposition", "3-coefficient"):
+    for name in ("overview", "1-scores", "2-decomposition", "3-coefficient"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| H4 | occ − detach, points |" in (out / "claims.md").read_text(encoding="utf-8")
     detach, occ = (evaluation.finished_runs(out)[label][3] for label in ("detach", "occ"))
