@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,21 +315,21 @@ NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep ste
 def group_runs(folders):
     """{label: {seed: records}}: runs of one experiment share a line, labelled by what differs from other experiments.
 
-    A second run of the same settings and seed is a line of its own, labelled by its folder.
+    Runs of the same settings and seed are lines of their own, labelled by their folders.
     """
     runs = [read_metrics(folder) for folder in folders]
     configs = [header["config"] for header, _ in runs]
-    differ = []
+    differ, labels, groups = [], [], {}
     for name in sorted(set().union(*configs) - NOT_THE_EXPERIMENT - {"regime"}):
         if any(config.get(name) != configs[0].get(name) for config in configs):
             differ.append(name)
-    groups = {}
-    for folder, config, (_, records) in zip(folders, configs, runs):
-        label = " ".join([config["regime"], *(f"{name}={config.get(name)}" for name in differ)])
+    for config in configs:
+        labels.append(" ".join([config["regime"], *(f"{x}={config.get(x)}" for x in differ)]))
+    same = Counter((label, config["seed"]) for label, config in zip(labels, configs))
+    for folder, label, config, (_, records) in zip(folders, labels, configs, runs):
         if not records:
             raise ValueError(f"{folder}: nothing logged yet")
-        if config["seed"] in groups.get(label, {}):
-            label = str(folder)
+        label = str(folder) if same[label, config["seed"]] > 1 else label
         groups.setdefault(label, {})[config["seed"]] = records
     return groups
 

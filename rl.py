@@ -658,13 +658,17 @@ def check_room(cfg, tok):
 
 GITHUB = "https://raw.githubusercontent.com/"
 QWEN = "QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data/"
+SIMPLE_RL = (
+    "hkust-nlp/simpleRL-reason/cf1c7858bfc145a27aa733e75d930d34f0d318a6/examples/"
+    "simplelr_math_eval/data/"
+)
 GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 PUBLISHED = {  # name: its file at the commit that was read
     "gsm8k_train": GSM8K + "train.jsonl",
     "gsm8k_test": GSM8K + "test.jsonl",
     "svamp": "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
     "mawps": QWEN + "mawps/test.jsonl",
-    "math500": "hkust-nlp/simpleRL-reason/cf1c7858bfc145a27aa733e75d930d34f0d318a6/examples/simplelr_math_eval/data/math500/test.jsonl",
+    "math500": SIMPLE_RL + "math500/test.jsonl",
     "aime24": QWEN + "aime24/test.jsonl",
     "aime25": "armenjeddi/mcd/76771f969048ebd77a1b4261b0a3469192c6f92a/evaluation/data/aime25/test.jsonl",
     "amc23": QWEN + "amc23/test.jsonl",

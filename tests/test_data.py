@@ -89,9 +89,9 @@ def test_known_sets_are_fetched_and_what_was_trained_on_is_not_scored(small, tmp
     data = tmp_path / "data"
     files = [f"{data}/{name}.jsonl" for name in ("gsm8k_train", "svamp", "mawps")]
     assert rl.suites_of("gsm8k,svamp,mawps", str(data)) == files
-    with pytest.raises(ValueError, match="--task aime24: .* score RUN --suite aime24"):
+    with pytest.raises(ValueError, match=r"--task aime24: .* score RUN --suite aime24"):
         rl.suites_of("competition", str(data))
-    with pytest.raises(ValueError, match="aime25.jsonl: not there, and not fetched .* by hand"):
+    with pytest.raises(ValueError, match=r"aime25.jsonl: not there, and not fetched .* by hand"):
         rl.suites_of("competition", str(data), scoring=True)
     cfg = small(task="svamp,add", data_dir=str(data), max_new_tokens=14, steps=2)
     train.main(cfg)
@@ -103,7 +103,7 @@ def test_known_sets_are_fetched_and_what_was_trained_on_is_not_scored(small, tmp
         assert f"| {name} | 2 | " in others
     other = tmp_path / "other.jsonl"
     other.write_text(sums(other, 4, 257).replace("What", "WHAT "))  # svamp has 200 to 259
-    with pytest.raises(ValueError, match="other.jsonl: 3 of its problems are in .*svamp.jsonl"):
+    with pytest.raises(ValueError, match=r"other.jsonl: 3 of its problems are in .*svamp.jsonl"):
         score(cfg, "--suite", str(other))
 
 
@@ -162,7 +162,7 @@ def test_extract_answer(text, answer):
 def test_no_wrong_answer_is_accepted_and_numbers_are_equal_however_they_are_written():
     lines = (ROOT / "tests" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     numbers, misjudged = 0, []
-    for gold, answer, right, kind in map(json.loads, lines):
+    for gold, answer, right, _ in map(json.loads, lines):
         equal, number = rl.answers_equal(gold, answer), rl.read_number(gold) is not None
         assert right or not equal, (gold, answer)
         numbers += number

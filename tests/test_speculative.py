@@ -34,7 +34,7 @@ def test_greedy_is_plain_greedy_and_depths_are_those_of_the_drafts_kept(design):
         model, heads = tiny(vocab=4, block=3 + R, layers=1, design=design, seed=len(kept))
         plain = generate(model, [[1, 2, 3]], 1, R, eos=0, temperature=0)["tokens"]
         new, depths = sample(model, heads, [1, 2, 3], R, 0, temperature=0)
-        assert [1, 2, 3] + new == plain[0].tolist()
+        assert [1, 2, 3, *new] == plain[0].tolist()
         said = model.logits(heads(model.hidden(plain), model.wte(plain))).argmax(-1)[0]
         turn = 3  # of heads 1 and 2, then of the trunk
         for t, (token, depth) in enumerate(zip(new, depths)):
