@@ -705,9 +705,10 @@ def finished_runs(out):
 def draw(out):
     """Every figure and every table, from the runs that lie in `out`."""
     runs = finished_runs(out)
+    pair = [(label, runs.get(label, {})) for label in ("ce", "policy")]
     figure, axes = panels_of(3)
     draw_gaps(axes[0], runs)
-    draw_terms(axes[1], [(label, runs[label], 0, 1) for label in ("ce", "policy") if label in runs])
+    draw_terms(axes[1], [(label, seeds, None) for label, seeds in pair])
     axes[1].set(title="What MTP adds to a plain step at λ = 1")
     draw_coefficients(axes[2], runs)
     save(figure, out / "overview.png")
@@ -718,16 +719,11 @@ def draw(out):
     save(figure, out / "1-scores.png")
 
     figure, axes = panels_of(6)
-    axes[2].set(
-        title="Adam's step at λ = 1, over λ = 0", xlabel="step", ylabel="% of its first-order gain"
-    )
-    for axis, label in zip(axes, ("ce", "policy")):
-        seeds = runs.get(label, {})
-        last = max((records[-1]["step"] for records in seeds.values()), default=1)
-        states = [(step, seeds, step / last, step / last) for step in measured(seeds)]
-        draw_terms(axis, states)
+    for axis, (label, seeds) in zip(axes, pair):
+        draw_terms(axis, [(step, seeds, step) for step in measured(seeds)])
         axis.set(title=f"{label}: what MTP adds to a plain step at λ = 1", xlabel="step")
         draw_states(axes[2], seeds, "adam/1", label)
+    axes[2].set(title="Adam's step at λ = 1, over λ = 0", ylabel="% of its first-order gain")
     for axis, key in zip(axes[3:], ("occ/c", "occ/v2", "eval/score")):
         draw_lines(axis, curves_of(runs, key, ("ce", "policy")), PANELS[key])
     save(figure, out / "2-decomposition.png")
@@ -754,17 +750,18 @@ def draw_gaps(axis, runs):
 
 
 def draw_terms(axis, groups):
-    """Bars of the terms at λ = 1, and their sum with its interval, of each (name, seeds, first, last), see `over`."""
-    x = np.arange(len(groups))
+    """The terms at λ = 1 as bars, their sum with its interval as a dot. A group is (name, seeds, step), see `over`."""
     for i, term in enumerate(("first", "shared", "penalty", "sum", "sum8")):
-        found = [pooled(over(*group, f"onestep/{term}/1")) for _, *group in groups]
+        x = np.arange(len(groups)) + 0.18 * (i - 2)
+        found = [pooled(over(seeds, f"onestep/{term}/1", step=step)) for _, seeds, step in groups]
         mean, half = np.array(found).reshape(-1, 2).T
-        if i < 3:
-            axis.bar(x + 0.2 * (i - 1), mean, 0.2, label=TERMS[term])
+        if term.startswith("sum"):
+            hollow = "white" if term == "sum8" else "black"
+            style = dict(fmt="o", color="black", mfc=hollow, capsize=3)
+            axis.errorbar(x, mean, half, **style, label=TERMS[term])
         else:
-            style = dict(fmt="o", color="black", capsize=3, mfc=("black", "white")[i - 3])
-            axis.errorbar(x + 0.1 * (2 * i - 7), mean, half, **style, label=TERMS[term])
-    axis.set_xticks(x, [f"{name}" for name, *_ in groups])
+            axis.bar(x, mean, 0.18, label=TERMS[term])
+    axis.set_xticks(range(len(groups)), [str(name) for name, *_ in groups])
     axis.set(ylabel="% of η g²")
     axis.axhline(0, color="black", lw=0.5)
     axis.legend(fontsize="small")
@@ -778,21 +775,22 @@ def measured(seeds):
 
 def draw_states(axis, seeds, key, name):
     """A number of `onestep` at the measured steps, with its interval over seeds."""
-    last = max((records[-1]["step"] for records in seeds.values()), default=1)
     steps = measured(seeds)
-    found = [pooled(over(seeds, x / last, x / last, f"onestep/{key}")) for x in steps]
+    found = [pooled(over(seeds, f"onestep/{key}", step=step)) for step in steps]
     mean, half = np.array(found).reshape(-1, 2).T
     color = f"C{list(REPRODUCED).index(name)}" if name in REPRODUCED else "black"
     axis.errorbar(steps, mean, half, fmt="o", color=color, capsize=3, label=name)
+    axis.set(xlabel="step")
     axis.axhline(0, color="black", lw=0.5)
     axis.legend(fontsize="small")
 
 
 def draw_coefficients(axis, runs):
-    names = {"λ_t": "occ/lam", "c/v² of the minibatch": "occ/lam_exact"}
-    lines = {name: curves(runs.get("occ", {}), key) for name, key in names.items()}
+    """λ_t of occ, the minibatch's own c/v², and λ* with noise counted."""
+    seeds, names = runs.get("occ", {}), {"λ_t": "occ/lam", "c/v² of the minibatch": "occ/lam_exact"}
+    lines = {name: curves(seeds, key) for name, key in names.items()}
     draw_lines(axis, lines, dict(title="occ: coefficients", ylabel="λ"))
-    draw_states(axis, runs.get("occ", {}), "lam_star", "λ*, noise counted")
+    draw_states(axis, seeds, "lam_star", "λ*, noise counted")
 
 
 def minus(a, b):
@@ -800,18 +798,20 @@ def minus(a, b):
     return {key: a[key] - b[key] for key in a if key in b}
 
 
-def over(seeds, first, last, key):
-    """{seed: (Σ weight · value, Σ weight)} of what was logged under a key, between two shares of training.
+def over(seeds, key, first=0.0, last=1.0, step=None):
+    """{seed: (Σ weight · value, Σ weight)} of what was logged under a key between two shares of training, or at a step.
 
     A number of `onestep` that is a quotient has its denominator as weight, so that Σ/Σ is the quotient of the means: a
     state with a denominator near 0 counts for nothing, and none is left out. All other weights are 1.
     """
-    found = {}
-    weight = DENOMINATORS.get(key.split("/")[1])
-    for seed, curve in curves(seeds, key).items():
-        weights = curves({seed: seeds[seed]}, f"onestep/{weight}")[seed] if weight else {}
-        steps = [x for x in curve if first <= x / seeds[seed][-1]["step"] <= last]
-        pairs = [(weights.get(x, 1.0) * curve[x], weights.get(x, 1.0)) for x in steps]
+    found, weight = {}, DENOMINATORS.get(key.split("/")[1])
+    for seed, records in seeds.items():
+        pairs = []
+        for record in records:
+            share = record["step"] / records[-1]["step"]
+            if record["step"] == step or (step is None and first <= share <= last):
+                w = record.get(f"onestep/{weight}") if weight else 1.0
+                pairs += [] if record.get(key) is None else [(w * record[key], w)]
         if pairs:
             found[seed] = tuple(map(sum, zip(*pairs)))
     return found
@@ -840,12 +840,13 @@ def pooled(seeds, less=None):
 
 def tables(runs):
     """{name: lines}: scores, the terms at the measured states, and claims. ± 95 % over seeds."""
-    rows, base = [], over(runs.get("detach", {}), 0.8, 1, "eval/score")
+    rows, key, end = [], "eval/score", (0.8, 1)
+    base = over(runs.get("detach", {}), key, *end)
     for label, seeds in runs.items():
-        start, end = over(seeds, 0, 0, "eval/score"), over(seeds, 0.8, 1, "eval/score")
-        row = [cell(pooled(*x)) for x in ((start,), (end,), (end, base))]
-        thirds = over(seeds, 0, 1 / 3, "occ/lam"), over(seeds, 2 / 3, 1, "occ/lam")
-        rows.append([label, len(seeds), *row, *(cell(pooled(x), 3) for x in thirds)])
+        row = [cell(pooled(over(seeds, key, *part))) for part in ((0, 0), end)]
+        row += [cell(pooled(over(seeds, key, *end), base))]
+        row += [cell(pooled(over(seeds, "occ/lam", *part)), 3) for part in ((0, 1 / 3), (2 / 3, 1))]
+        rows.append([label, len(seeds), *row])
     head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
     found = {"scores": markdown(head, rows)}
 
@@ -859,11 +860,9 @@ def tables(runs):
     }
     rows = []
     for label, seeds in runs.items():
-        last = max(records[-1]["step"] for records in seeds.values())
         for step in measured(seeds):
-            at = seeds, step / last, step / last
-            row = [cell(pooled(over(*at, f"onestep/{key}")), n) for key, (_, n) in numbers.items()]
-            rows.append([label, step, *row])
+            at = {key: pooled(over(seeds, f"onestep/{key}", step=step)) for key in numbers}
+            rows.append([label, step, *(cell(at[key], n) for key, (_, n) in numbers.items())])
     head = ["run", "step", *(name for name, _ in numbers.values())]
     found["terms"] = markdown(head, rows)
 
@@ -881,7 +880,7 @@ def claims(runs):
     first, penalty, score, ratio = "onestep/first/1", "onestep/penalty/1", "eval/score", "occ/v2_g2"
 
     def part(label, key, shares=(0, 1)):
-        return over(runs.get(label, {}), *shares, key)
+        return over(runs.get(label, {}), key, *shares)
 
     def claim(name, quantity, seeds, less=None, above=-math.inf, below=math.inf):
         center, half = pooled(seeds, less)
@@ -1006,7 +1005,7 @@ FLAGS = [  # flag, default, commands that have it, help
     ("seed", 0, "score sample explain", "of the samples; for explain of the problems too"),
     ("device", "cpu", "score sample explain onestep", "cpu, or any device that torch knows"),
     ("rollouts", 48, "onestep", "how many; each gives one measured minibatch"),
-    ("rollouts", 96, "reproduce", "for each measured state"),
+    ("rollouts", 64, "reproduce", "for each measured state"),
     ("checkpoint", "ckpt", "onestep", "file in the run's folder, as ckpt-60 (train.py --keep 60)"),
     ("seeds", 5, "reproduce", "how many"),
     ("first_seed", 0, "reproduce", "the first of them"),

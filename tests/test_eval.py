@@ -137,7 +137,7 @@ def test_claims_are_paired_by_seed():
 def test_thirds_ends_and_gaps():
     seeds = {7: [{"step": step, "x/y": float(step)} for step in range(10)], 8: [{"step": 9}]}
     for first, last, mean in ((0, 1 / 3, 1.5), (2 / 3, 1, 7.5), (0.8, 1, 8.5), (0, 0, 0.0)):
-        found = evaluation.over(seeds, first, last, "x/y")
+        found = evaluation.over(seeds, "x/y", first, last)
         assert found.keys() == {7} and evaluation.pooled(found)[0] == mean
     assert evaluation.minus({0: 5.0, 10: 7.0, 20: 9.0}, {0: 4.0, 20: 10.0}) == {0: 1.0, 20: -1.0}
 
@@ -148,13 +148,13 @@ def test_seeds_are_pooled_by_their_denominators():
     seeds = {}
     for seed, (value, weight) in numbers.items():
         seeds[seed] = [{"step": 1, "onestep/first/1": value, "onestep/eta_g2": weight}]
-    mean, half = evaluation.pooled(evaluation.over(seeds, 0, 1, "onestep/first/1"))
+    mean, half = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
     values, weights = zip(*numbers.values())
     assert mean == pytest.approx(sum(v * w for v, w in numbers.values()) / sum(weights))
     assert 0 < half < 2 and evaluation.interval(values)[1] > 2
     for record, *_ in seeds.values():
         record["onestep/eta_g2"] -= 3.0  # a mean that may be 0
-    found = evaluation.pooled(evaluation.over(seeds, 0, 1, "onestep/first/1"))
+    found = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
     assert all(map(math.isnan, found))
     plain = {seed: (value, 1.0) for seed, value in enumerate(values)}
     assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(values))
