@@ -55,22 +55,23 @@ THREADS = torch.get_num_threads()  # torch's default: what this process may use,
 @dataclasses.dataclass
 class Config:
     # what is learned
-    task: str = "arithmetic"  # six suites, or a comma list of add,sub,mul,mod,chain,linear,gsm8k,svamp,mawps,FILE.jsonl
+    task: str = "arithmetic"  # add,sub,mul,mod,chain,linear; or some of them, gsm8k, svamp, mawps, FILE.jsonl
     data_dir: str = "data"  # folder of data sets; what is missing there is fetched
     difficulty: int = 2  # digits of the operands, 1 to 8
     careless: float = 0.8  # share of careless solutions in the second half of pretraining
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token per byte, or GPT-2's
     seed: int = 0  # of everything random
     # reinforcement learning
-    regime: Literal[tuple(occ.REGIMES)] = "occ"  # what the heads learn by, what reaches the trunk
+    regime: Literal[tuple(occ.REGIMES)] = "occ"  # the loss of the heads, and a rule for lambda
+
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # rollouts
-    lr: float = 2e-4  # of Adam, for trunk and heads
+    lr: float = 2e-4  # step size of Adam, for trunk and heads
     prompts_per_step: int = 32  # prompts per rollout
     num_generations: int = 8  # samples per prompt
     updates_per_rollout: int = 4  # minibatches a rollout is cut into, one update each
     max_new_tokens: int = 16  # longest response
-    temperature: float = 1.0  # of sampling, and of every log-prob
+    temperature: float = 1.0  # of sampling, and of every log-prob that is scored
     # the coefficient of the MTP loss
     lam: float = 1.0  # lambda of the regimes ce and policy
     lam_plus: float = 1.0  # scale of lambda_t in the regimes occ and exact
@@ -78,15 +79,15 @@ class Config:
     n_layer: int = 4  # blocks of the trunk
     n_head: int = 4  # attention heads
     n_embd: int = 64  # channels
-    tied: bool = False  # one matrix for embedding and unembedding
+    tied: bool = False  # use one matrix as embedding and unembedding
     mtp_depth: int = 1  # MTP heads
     mtp_design: Literal["sequential", "parallel"] = "sequential"  # DeepSeek-V3's, or Gloeckle's
     logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # see mtp.linear_logp
     # pretraining
-    pretrain_steps: int = 1000  # batches of solutions
+    pretrain_steps: int = 1000  # batches of solutions; 0 is none
     pretrain_batch: int = 160  # solutions per batch
     pretrain_lr: float = 3e-3  # of AdamW; Muon has 7 times this
-    pretrain_lam: float = 0.3  # weight of the MTP loss, which joins for the last third
+    pretrain_lam: float = 0.3  # weight of the MTP loss, which joins in the last third
     # the run
     out: str = ""  # folder of the run; by default out/<task>-<regime>-s<seed>
     cache_dir: str = "out/base"  # pretrained models, by a hash of what determines them
@@ -387,7 +388,9 @@ def main(cfg, resume=False):
     folder cannot be written, and KeyboardInterrupt; the last three say how to go on.
     """
     device, tok, began = set_up(cfg), cfg.tok(), time.perf_counter()
-    say(f"{cfg.out}: {describe(cfg, device)}")
+    say(
+        f"{cfg.out}: {describe(cfg, device)}; curves so far: python eval.py plot {shlex.quote(cfg.out)}"
+    )
     if occ.REGIMES[cfg.regime].rule == "proxy" and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing changes after a rollout")
     ckpt = None
@@ -450,8 +453,11 @@ def main(cfg, resume=False):
         curves = Path(cfg.out) / "curves.png"
         evaluation.plot([cfg.out], curves)
         scores = [r["eval/score"] for r in evaluation.read_metrics(cfg.out)[1] if "eval/score" in r]
-        say(f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100 (held out, avg@{cfg.eval_k}) in "
-            f"{(time.perf_counter() - began) / 60:.1f} minutes; look at {curves}")  # fmt: skip
+        minutes = (time.perf_counter() - began) / 60
+        change = f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100"
+        say(f"{change} (held out, avg@{cfg.eval_k}) in {minutes:.1f} minutes")
+        command = "explain" if heads else "sample"
+        say(f"look at {curves}; then: python eval.py {command} {shlex.quote(cfg.out)}")
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the README says exists: its commands parse, and what it names and links to is there."""
+"""What the pages say exists: commands parse, and what they name and link to is there."""
 
 import ast
 import re
@@ -12,13 +12,18 @@ from conftest import ROOT, metrics
 import eval as evaluation
 import train
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = "model occ mtp rl eval train".split()  # each imports only from those before it
+PAGES = ["README.md", *(f".github/{x}.md" for x in ("RESULTS", "EXERCISES", "CONTRIBUTING"))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+# What is below this line in RESULTS is of older commits, and so are its commands.
+TODAY = {page: text.split("\n# Older commits", 1)[0] for page, text in TEXTS.items()}
 
 
 def commands():
-    """What its blocks and lines of code run, as lists of words."""
-    runs = re.findall(r"(?:^|&& |`)((?:python|pip|torchrun) .*?)(?= && |`|$)", README, re.M)
+    """What the blocks and lines of code of all pages run, as lists of words."""
+    runs = re.findall(
+        r"(?:^|&& |`)((?:python|pip|torchrun) .*?)(?= && |`|$)", "\n".join(TODAY.values()), re.M
+    )
     return [shlex.split(run, comments=True) for run in dict.fromkeys(runs)]
 
 
@@ -34,17 +39,36 @@ def test_every_command_parses(command, trained, monkeypatch):
         (train.command_line if file == "train.py" else evaluation.parse)(arguments)
 
 
-def test_what_is_named_and_linked_exists(trained):
-    """Functions and tests, files, and the keys of the table of what a run logs."""
+def anchors(page):
+    """Those that GitHub makes of headings: lower case, no punctuation, hyphens for blanks."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)]*)\)", TEXTS[page])
+    assert links or page.endswith("EXERCISES.md")
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_named_exists(page, trained):
+    """Functions, tests, files of .github, and keys of the log."""
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     exist = {f"{name}.{x}" for name in FILES for x in vars(__import__(name))}
     exist |= set(re.findall(r"^def (test_\w+)\(", tests, re.M))
-    named = set(re.findall(rf"`((?:{'|'.join(FILES)})\.(?!py\b)\w+|test_\w+)`", README))
-    assert len(named) >= 10 and named <= exist, named - exist
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)|`(\.github/[^`]+)`", README):
-        assert (ROOT / "".join(link)).exists(), link
+    names = rf"`((?:{'|'.join(FILES)})\.(?!py\b)\w+|test_\w+)`"
+    named = set(re.findall(names, TODAY[page]))
+    assert named <= exist, named - exist
+    for path in re.findall(r"`((?:\.github|tests)/[^`\s]+)`", TODAY[page]):
+        assert (ROOT / path).exists(), path
     logged = set().union(*metrics(trained(algo="grpo"), clock=True))
-    for key in re.findall(r"`(?!out/|tests/)([a-z_]+/[\w<>]+)`", README):  # <suite>, _k: any
+    for key in re.findall(r"`(?!out/|tests/)([a-z_]+/[\w<>]+)`", TODAY[page]):  # <suite>, _k: any
         pattern = re.sub(r"<\w+>|_k$", r"\\w+", key)
         assert any(re.fullmatch(pattern, name) for name in logged), key
 
