@@ -7,13 +7,12 @@
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t and v_t² over training
     python eval.py reproduce                                # regimes × seeds, three figures, tables, claims
 
-avg@k is the mean accuracy of k samples per problem, pass@k the chance that one of k samples is right. The model is
-rebuilt from what the run's header says. Plots read metrics.jsonl and nothing else. Runs that differ only in the seed,
-and in what is no part of the experiment, are one line, with a 95 % band over seeds. All intervals are Student's t.
+avg@k is the mean accuracy of k samples per problem, pass@k the chance that one of k samples or more is right. The model
+is rebuilt from what the run's header says. Curves read metrics.jsonl and nothing else; the figures of reproduce also
+read what onestep found. Runs that differ only in the seed, and in what is no part of the experiment, are one line, with
+a 95 % band over seeds. All intervals are Student's t.
 
 train.py also uses this file: to read runs, draw curves and report errors in one line.
-
-Dimension key: P parameters · N minibatches · B sequences · T positions
 """
 
 import os
@@ -304,7 +303,7 @@ def sample(args):
 PANELS = {  # what is drawn of a run, by the key of its record
     "reward/right": dict(title="Right answers in training", ylabel="share of all samples"),
     "eval/score": dict(title="Held-out score", ylabel="avg@k, points of 100"),
-    "occ/lam": dict(title="Coefficient", ylabel="λ_t (last update of a step)"),
+    "occ/lam": dict(title="Coefficient", ylabel="λ (last update of a step)"),
     "occ/c": dict(title="First-order correlation", ylabel="c_t = ⟨g_RL, g_MTP⟩", yscale="asinh"),
     "occ/v2": dict(title="Second-order penalty", ylabel="v_t² = ‖g_MTP‖²", yscale="asinh"),
     "mtp/agreement_1": dict(title="MTP head 1 as a drafter", ylabel="share of tokens accepted"),
@@ -437,7 +436,7 @@ def explain(args):
 
 LAMS = [-0.5, -0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0]
 PARTS = 12  # of the minibatches: the jackknife leaves out one at a time
-TERMS = {  # the prefix of onestep's numbers, and its name; they go on with the λ, as sum/0.5
+TERMS = {  # prefix: name. A number of onestep is keyed by prefix and λ, as sum/0.5
     "first": "first order", "shared": "shared noise", "penalty": "penalty", "sum": "sum",
     "sum8": "sum, 8 × the minibatch", "adam": "Adam's step",
 }  # fmt: skip
@@ -450,11 +449,12 @@ DENOMINATORS = {  # of onestep's numbers that are quotients, by their prefix
 def onestep(args):
     """What MTP adds to one step from a run's checkpoint, term by term and by λ, with noise counted.
 
-    Two kinds of step. A plain step of size η against ĝ + λ m̂: its mean gain to second order, by occ.noisy_terms, for
-    the run's own m, in % of η g². And a step of Adam with clip, whose second moments have converged: its first-order
-    gain D(λ) = Σ_j E[g_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in % over λ = 0. A "–" is a quotient whose denominator
-    may be 0. Limits: H is the Hessian of the clipped surrogate of single tokens, without a KL term; each minibatch
-    stands at weights of its own, one update from the checkpoint.
+    Two kinds of step. A plain step of size η against ĝ + λ m̂, at λ = 0 as long as Adam's update: its mean gain to
+    second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And a step of Adam with clip,
+    whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in
+    % more than at λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the run's policy
+    loss, a surrogate, without a KL term; each minibatch is measured at weights of its own, one update after the
+    checkpoint.
     """
     cfg, state = load_run(args, with_heads=True)
     sums = measure(cfg, state, args.rollouts)
@@ -477,7 +477,7 @@ def onestep(args):
         f"RL alone gains {cell(found['rl'], 0)} % of η g². λ* with noise counted {cell(found['lam_star'], 2)}, with "
         f"8 × the minibatch {cell(found['lam_star8'], 2)}.",
         f"λ_t of the proxy {cell(found['lam_t'], 3)}; it would be λ* with λ₊ = {cell(found['lam_plus'], 1)}.",
-        f"Noise: {cell(found['noise_g'], 0)} % of a minibatch's ‖g‖², {cell(found['noise_m'], 0)} % of ‖m‖². Without "
+        f"Noise: {cell(found['noise_g'], 0)} % of a minibatch's ‖ĝ‖², {cell(found['noise_m'], 0)} % of ‖m̂‖². Without "
         f"it the cosine of g and m is {cell(found['cos'], 2)}. Lη along Adam's update {cell(found['L_eta'], 3)}.",
         str(path.with_suffix(".png")),
     ]
@@ -851,11 +851,15 @@ def tables(runs):
     found = {"scores": markdown(head, rows)}
 
     numbers = {f"{term}/1": (name, 0) for term, name in TERMS.items()}
-    numbers |= {"rl": ("RL alone", 0), "lam_star": ("λ*", 2), "lam_star8": ("λ*, 8 ×", 2)}
+    numbers |= {
+        "rl": ("RL alone", 0),
+        "lam_star": ("λ*, noise counted", 2),
+        "lam_star8": ("λ*, 8 ×", 2),
+    }
     numbers |= {"lam_t": ("λ_t", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine", 2)}
     numbers |= {
-        "noise_g": ("noise in ‖g‖², %", 0),
-        "noise_m": ("in ‖m‖², %", 0),
+        "noise_g": ("noise in ‖ĝ‖², %", 0),
+        "noise_m": ("in ‖m̂‖², %", 0),
         "L_eta": ("Lη", 3),
     }
     rows = []
@@ -971,10 +975,12 @@ def parse(argv):
             count = "+" if name == "plot" else None
             command.add_argument("run", nargs=count, help="folder of a run")
         if name == "reproduce":
-            text = "of train.py, for every run"
+            text = "flags of train.py for every run"
             command.add_argument("flags", nargs="*", metavar="-- flags", help=text)
         if name == "sample":
-            command.add_argument("prompt", nargs="?", default="", help="[held-out problems]")
+            command.add_argument(
+                "prompt", nargs="?", default="", help="prompt to complete [held-out problems]"
+            )
         for flag, default, users, text in FLAGS:
             if name in users.split():
                 kind = {"action": "store_true"} if default is False else {"type": type(default)}
@@ -995,24 +1001,24 @@ def parse(argv):
 COMMANDS = {f.__name__: f for f in (score, sample, explain, onestep, plot, reproduce)}
 FLAGS = [  # flag, default, commands that have it, help
     ("k", 8, "score sample", "samples per problem"),
-    ("temperature", 1.0, "score sample", "of sampling; 0 is greedy"),
-    ("speculative", False, "sample", "the heads draft"),
-    ("problems", 0, "score sample", "most problems per suite [score: 64, or all of a --suite file; sample: 2]"),
+    ("temperature", 1.0, "score sample", "sampling temperature; 0 is greedy"),
+    ("speculative", False, "sample", "let the heads draft; [brackets] are around accepted drafts"),
+    ("problems", 0, "score sample", "problems per suite at most [score: 64, or all of a --suite file; sample: 2]"),
     ("suite", "", "score", f"arithmetic, competition, or some of {','.join([*rl.SUITES, *rl.SCORE])},FILE.jsonl [the "
      "held-out problems of the run's own task]"),
     ("max_new_tokens", 0, "score", "longest response [as the run was trained]"),
     ("data_dir", "", "score", "folder of data sets [the run's own]"),
-    ("seed", 0, "score sample explain", "of the samples; for explain of the problems too"),
+    ("seed", 0, "score sample explain", "seed of the samples; for explain of the problems too"),
     ("device", "cpu", "score sample explain onestep", "cpu, or any device that torch knows"),
-    ("rollouts", 48, "onestep", "how many; each gives one measured minibatch"),
-    ("rollouts", 64, "reproduce", "for each measured state"),
+    ("rollouts", 48, "onestep", "rollouts to make; each gives one measured minibatch"),
+    ("rollouts", 64, "reproduce", "rollouts for each measured checkpoint"),
     ("checkpoint", "ckpt", "onestep", "file in the run's folder, as ckpt-60 (train.py --keep 60)"),
-    ("seeds", 5, "reproduce", "how many"),
-    ("first_seed", 0, "reproduce", "the first of them"),
+    ("seeds", 5, "reproduce", "number of seeds"),
+    ("first_seed", 0, "reproduce", "first seed"),
     ("regimes", "detach,ce,policy,occ,exact,policy-0.1", "reproduce", f"some of {','.join(REPRODUCED)}"),
     ("jobs", 0, "reproduce", "runs at a time [one per core, on a GPU at most four]"),
     ("out", "", "plot", "picture to write [curves.png in the first run's folder]"),
-    ("out", "out/reproduce", "reproduce", "folder to write"),
+    ("out", "out/reproduce", "reproduce", "folder to write to"),
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A decoder-only GPT, and sampling from it with a KV cache.
 
 Block (pre-norm):   x = x + attn(norm(x));   x = x + mlp(norm(x));   h = norm(x);   logits = h @ W.T
-LayerNorm, learned positions, ReLU, no biases, torch's attention: what is fast on a CPU, and as good at this size.
+LayerNorm, learned positions, ReLU, no biases, torch's attention: fast on a CPU, and at this size as good as newer ones.
 
 Padding is always on the right. A causal model never looks to the right, so training needs no attention mask, and a
 row's result does not depend on how far it was padded. The cache has position t of each row in column t. A column that
@@ -101,8 +101,8 @@ class GPT(nn.Module):
         self.norm_out = nn.LayerNorm(cfg.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        # Small embeddings under pre-norm make the policy violently sensitive to each update; rows of norm ≥ 1, and the
-        # norm after them, avoid that. A tied matrix also makes the logits, whose variance should be 1: hence C^-0.5.
+        # Small embeddings under pre-norm make the policy violently sensitive to each update; rows of length ≥ 1, and
+        # norm_in after them, avoid that. A tied matrix also makes the logits, whose variance should be 1: hence C^-0.5.
         std = cfg.n_embd**-0.5 if cfg.tied else 1.0
         nn.init.normal_(self.wte.weight, std=std)
         nn.init.normal_(self.wpe.weight, std=std)

@@ -1,7 +1,7 @@
-"""Multi-token-prediction (MTP) heads, and the log-probs of tokens without the logits of all of them.
+"""Multi-token-prediction (MTP) heads, and log-probs of tokens without holding the logits of all.
 
-Depth k = 1..K of two designs. All heads read the trunk through the same three doors: final hidden states h, embedding
-rows emb, and the unembedding matrix W.
+Head k = 1..K ("depth k") comes in two designs. All read the trunk through the same three doors: final hidden states h,
+embedding rows emb, and the unembedding matrix W.
 
   sequential  h^k_t = norm(block_k(P_k [norm(h^{k-1}_t); norm(emb(token_{t+k}))])), h^0 = h
               (DeepSeek-V3 §2.2, arXiv 2412.19437)
@@ -95,7 +95,7 @@ def aligned_mask(mask_BT, depth):
 
 
 def logprobs(model, heads, tokens_BT, mask_BT, temperature=1.0, impl="auto", lam=None):
-    """Log-probs of the tokens that count under the trunk and under each head, aligned (see the top of this file).
+    """Log-probs, under the trunk and under each head, of the tokens that count, aligned (see the top of this file).
 
     tokens_BT (B, T); mask_BT (B, T-1), True where token t+1 counts. lam is the λ of occ.scale_grad at the doors: how
     much of the heads' gradient enters the trunk (None: all of it). heads may be None: then K = 0.
@@ -132,7 +132,8 @@ def speculative_sample(model, heads, prompt, max_new_tokens, eos, temperature=1.
 
     prompt is a list of token ids. Random numbers come from torch's global generator. Returns (the new tokens, the depth
     of the head that drafted each, 0 where the trunk sampled it). For brevity there is no cache and no batch. It is
-    exact: a draft from q stays with probability min(1, p/q), else max(p - q, 0) is sampled; together that is p.
+    exact: a draft from the head's q stays with probability min(1, p/q), p of the trunk, else one is drawn from
+    max(p - q, 0), normalised; together that is p.
     """
 
     def distribution(h):

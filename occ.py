@@ -1,8 +1,8 @@
 """Optimal Coefficient Calibration: how much of the MTP gradient enters the trunk (Wang et al. 2026, arXiv 2605.28184).
 
-θ are the parameters of the trunk. g is the gradient of the policy loss at θ (g_RL in the plots), m that of the loss of
-the MTP heads (g_MTP). If the objective is L-smooth, a step of size η against g + λ m has the guaranteed gain of RL
-alone, and on top of it
+θ are the parameters of the trunk, the GPT without its MTP heads. g is the gradient of the policy loss at θ (g_RL in the
+plots), m that of the heads' loss (g_MTP). If the objective is L-smooth, a step of size η against g + λ m has the
+guaranteed gain of RL alone, and on top of it
 
     Δ_MTP(λ) = η λ (1 - Lη) c - (L η² λ² / 2) v²        c = <g, m>   first-order correlation
                                                         v² = ‖m‖²   second-order penalty
@@ -19,8 +19,8 @@ the more g and m agree. That compares in the space of log-probs what c compares 
 It is a proxy, because δ_MTP also holds what the heads themselves have learnt. λ₊ stands for the factor (1 - Lη)/(Lη),
 which nobody knows while training. In the first update of a rollout every δ is 0, and so is λ_t.
 
-Noise. The formula is for exact gradients. A minibatch has estimates ĝ and m̂; E is their mean. A step of size η
-against ĝ + λ m̂ adds on average
+Noise. The formula is for gradients without noise. A minibatch has estimates ĝ and m̂; E is the mean over minibatches. A
+step of size η against ĝ + λ m̂ adds on average
 
     η λ c  -  η² λ E ĝᵀHm̂  -  (η² λ² / 2) E m̂ᵀHm̂         c = <E ĝ, E m̂>, H the Hessian of the policy loss
 
@@ -92,8 +92,8 @@ def inner(a, b):
 def token_deltas(logp_BT, logp_mtp_BKT, mb):
     """δ_RL and δ_MTP (B, T-1): how log-probs have changed since the rollout, for the tokens that any head scores.
 
-    mb has the log-probs of then, old (B, T-1) and old_mtp (B, K, T-1), and mask_mtp (B, K, T-1). δ_MTP is the mean over
-    the heads that score the token. Other tokens have 0.
+    mb, of rl.minibatches, has the log-probs at the rollout, old (B, T-1) and old_mtp (B, K, T-1), and mask_mtp. δ_MTP
+    is the mean over the heads that score the token. Other tokens have 0.
     """
     depths_BT = mb["mask_mtp"].sum(1)  # how many heads score a token
     delta_rl_BT = (logp_BT - mb["old"]) * (depths_BT > 0)
@@ -126,10 +126,10 @@ def lam_star(c, v2, eta, L):
 
 
 def noisy_terms(lam, c, ghm, mhm, eta):
-    """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain step against ĝ + λ m̂.
+    """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain (SGD) step against ĝ + λ m̂.
 
-    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ (curvature between the means, and the noise that both share), mhm = E m̂ᵀHm̂. With
-    exact gradients and H = L·1 the sum is delta_mtp.
+    c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ (curvature between the means, and the noise that both share), mhm = E m̂ᵀHm̂. Without
+    noise and with H = L·1 the sum is delta_mtp.
     """
     first_order = eta * lam * c
     shared_noise = -(eta**2) * lam * ghm

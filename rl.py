@@ -109,12 +109,12 @@ def token_weights(mask_BKT, loss_agg, max_new_tokens):
     At each depth the weights add up to 1, except for "constant". They are made once for the whole minibatch, so that
     cutting it into shares, or padding it, changes nothing.
     """
-    m, B = mask_BKT.float(), len(mask_BKT)
+    x, B = mask_BKT.float(), len(mask_BKT)
     if loss_agg == "token":
-        return m / m.sum((0, 2), keepdim=True).clamp(min=1)
+        return x / x.sum((0, 2), keepdim=True).clamp(min=1)
     if loss_agg == "sequence":
-        return m / m.sum(2, keepdim=True).clamp(min=1) / B
-    return m / (B * max_new_tokens)
+        return x / x.sum(2, keepdim=True).clamp(min=1) / B
+    return x / (B * max_new_tokens)
 
 
 def importance_ratio(logp, old, mask, algo):
@@ -198,7 +198,7 @@ def step(cfg, model, heads, optimizer, tok, step, reference=None):
 
     updates, last = [], None
     for mb in parts:
-        # λ at the doors, which only a backward reads. It is 1 while 5 measures m, and λ_t in the backward of 6.
+        # λ at the doors, which only a backward reads: 1 while 5 measures m, λ_t in the backward of 6.
         lam = torch.ones((), device=adv_B.device)
         logp, logp_mtp = logprobs(model, heads, mb, cfg, lam)
         # In the first update these are the old log-probs: ratios are exactly 1, δ exactly 0.
@@ -212,7 +212,7 @@ def step(cfg, model, heads, optimizer, tok, step, reference=None):
         loss_mtp = mtp_loss(regime.loss, logp_mtp, mb, algo)
         clock("update")
 
-        # 5 coefficient λ_t; every few steps the exact c and v² beside it
+        # 5 coefficient λ_t; every few steps the real c and v² beside it
         terms, probe_now = {}, probing and mb is parts[-1]
         if probe_now or regime.rule == "exact":
             g, m = occ.flat_grad(loss_rl, theta), occ.flat_grad(loss_mtp, theta)
@@ -311,7 +311,7 @@ def minibatches(model, heads, batch, adv_B, algo, cfg, reference=None):
 
 
 def largest(x):
-    """The largest number of all processes, none of them negative; 0 of an empty share."""
+    """The largest of numbers that are not negative, over all processes; an empty share counts as 0."""
     return total(F.pad(x.flatten(), (0, 1)).max(), dist.ReduceOp.MAX)
 
 

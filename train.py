@@ -60,43 +60,43 @@ class Config:
     difficulty: int = 2  # digits of the operands, 1 to 8
     careless: float = 0.8  # share of careless solutions in the second half of pretraining
     tokenizer: Literal["bytes", "gpt2"] = "bytes"  # one token per byte, or GPT-2's
-    seed: int = 0  # of everything random
+    seed: int = 0  # seed of all random numbers but those of evaluations
     # reinforcement learning
     regime: Literal[tuple(occ.REGIMES)] = "occ"  # the loss of the heads, and a rule for lambda
 
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
-    steps: int = 250  # rollouts
+    steps: int = 250  # steps; each is a rollout and its updates
     lr: float = 2e-4  # step size of Adam, for trunk and heads
     prompts_per_step: int = 32  # prompts per rollout
     num_generations: int = 8  # samples per prompt
     updates_per_rollout: int = 4  # minibatches a rollout is cut into, one update each
-    max_new_tokens: int = 16  # longest response
-    temperature: float = 1.0  # of sampling, and of every log-prob that is scored
+    max_new_tokens: int = 16  # most tokens in a response
+    temperature: float = 1.0  # temperature of sampling and of every log-prob
     # the coefficient of the MTP loss
     lam: float = 1.0  # lambda of the regimes ce and policy
-    lam_plus: float = 1.0  # scale of lambda_t in the regimes occ and exact
+    lam_plus: float = 1.0  # lambda_plus, a factor of lambda in the regimes occ and exact
     # model
     n_layer: int = 4  # blocks of the trunk
     n_head: int = 4  # attention heads
     n_embd: int = 64  # channels
     tied: bool = False  # use one matrix as embedding and unembedding
-    mtp_depth: int = 1  # MTP heads
+    mtp_depth: int = 1  # number of MTP heads
     mtp_design: Literal["sequential", "parallel"] = "sequential"  # DeepSeek-V3's, or Gloeckle's
-    logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # see mtp.linear_logp
+    logp_impl: Literal["auto", "naive", "chunked", "triton"] = "auto"  # how: see mtp.linear_logp
     # pretraining
     pretrain_steps: int = 1000  # batches of solutions; 0 is none
     pretrain_batch: int = 160  # solutions per batch
-    pretrain_lr: float = 3e-3  # of AdamW; Muon has 7 times this
+    pretrain_lr: float = 3e-3  # learning rate of AdamW; Muon has 7 times this
     pretrain_lam: float = 0.3  # weight of the MTP loss, which joins in the last third
     # the run
     out: str = ""  # folder of the run; by default out/<task>-<regime>-s<seed>
-    cache_dir: str = "out/base"  # pretrained models, by a hash of what determines them
+    cache_dir: str = "out/base"  # folder of pretrained models, by a hash of what makes them
     save_every: int = 25  # steps between checkpoints
-    keep: str = ""  # steps whose checkpoints are kept beside ckpt.pt, as ckpt-STEP.pt: a comma list
+    keep: str = ""  # comma list of steps whose checkpoints are also kept, as ckpt-STEP.pt
     eval_every: int = 25  # steps between evaluations
     eval_problems: int = 32  # held-out problems per suite
-    eval_k: int = 8  # samples per problem
-    probe_every: int = 10  # steps between measurements of the exact c and v2; 0 is never
+    eval_k: int = 8  # samples per held-out problem
+    probe_every: int = 10  # steps between measurements of the real c and v2; 0 is never
     device: str = "auto"  # cuda if there is one, else cpu; or any of torch's: cuda:1, mps, xpu
 
     def __post_init__(self):
@@ -238,7 +238,7 @@ def pretraining_batch(cfg, step):
 
 
 def pretrain(cfg, model, heads, device):
-    """Next-token prediction of solutions. Muon moves the matrices of the blocks, AdamW the rest."""
+    """Next-token prediction of solutions. Muon moves all matrices but embeddings and unembedding, AdamW the rest."""
     inside, rest = [], []
     for name, p in [*model.named_parameters(), *heads.named_parameters()]:
         is_inside = p.ndim == 2 and name not in ("wte.weight", "wpe.weight", "lm_head.weight")
@@ -388,9 +388,8 @@ def main(cfg, resume=False):
     folder cannot be written, and KeyboardInterrupt; the last three say how to go on.
     """
     device, tok, began = set_up(cfg), cfg.tok(), time.perf_counter()
-    say(
-        f"{cfg.out}: {describe(cfg, device)}; curves so far: python eval.py plot {shlex.quote(cfg.out)}"
-    )
+    say(f"{cfg.out}: {describe(cfg, device)}")
+    say(f"curves so far, at any time: python eval.py plot {shlex.quote(cfg.out)}")
     if occ.REGIMES[cfg.regime].rule == "proxy" and cfg.updates_per_rollout == 1:
         say("note: with --updates_per_rollout 1 lambda_t stays 0: nothing changes after a rollout")
     ckpt = None
@@ -474,7 +473,9 @@ def command_line(argv):
             options = {"action": argparse.BooleanOptionalAction}
         text = comments[f.name] + ("" if f.default == "" else f" [{f.default}]")
         parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **options)
-    parser.add_argument("--resume", metavar="RUN", help="run to go on with, to --steps if given")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="folder of a run to go on with, to --steps if given"
+    )
     given = vars(parser.parse_args(argv))
     folder = given.pop("resume")
     if folder is None:

@@ -69,9 +69,15 @@ def test_a_run_of_each_regime(trained, regime, changes, capsys, monkeypatch):
     cfg = trained(regime=regime, mtp_depth=2, keep="0,3", **changes)
     device = "cpu, 1 threads" if cfg.device == "cpu" else torch.cuda.get_device_name()
     first = f"{cfg.out}: 1 x {device}, matrix products in float32"
-    starts = [first, "pretraining: 3 steps of 8 ", "step 0: score ", "step 2: right ", "step 4: "]
+    starts = [
+        first,
+        "curves so far",
+        "pretraining: 3 steps of 8 ",
+        "step 0: score ",
+        "step 2: right ",
+    ]
     lines = capsys.readouterr().out.splitlines()
-    for line, expected in zip(lines, [*starts, "score "], strict=True):
+    for line, expected in zip(lines, [*starts, "step 4: ", "score ", "look at "], strict=True):
         assert line.startswith(expected)
     files = ["ckpt-0.pt", "ckpt-3.pt", "ckpt.pt", "curves.png", "metrics.jsonl"]
     assert sorted({p.name for p in Path(cfg.out).iterdir()} | {"curves.png"}) == files
