@@ -578,6 +578,8 @@ def one_step(sums, kept):
 
 def draw_onestep(found, title, path):
     """The terms by λ as lines, their sum with its band, Adam's gain as points, λ* and the proxy's λ_t as marks."""
+    from matplotlib.ticker import FixedLocator
+
     figure, (axis,) = panels_of(1)
     for i, (term, name) in enumerate(TERMS.items()):
         mean, half = np.array([found[f"{term}/{lam:g}"] for lam in LAMS]).T
@@ -590,8 +592,14 @@ def draw_onestep(found, title, path):
         if LAMS[0] <= found[key][0] <= LAMS[-1]:
             axis.axvline(found[key][0], color="gray", ls=(":", "-.")[i], label=name)
     axis.axhline(0, color="black", lw=0.5)
-    axis.set_yscale("symlog", linthresh=50)
-    axis.set(title=f"What MTP adds to one step\n{title}", xlabel="λ", ylabel="% of η g²")
+    axis.set_yscale("asinh", linear_width=50)
+    axis.yaxis.set_major_locator(
+        FixedLocator([-500, -200, -100, -50, -20, -10, 0, 10, 20, 50, 100])
+    )
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    units = "% of η g²; Adam's step: % of its gain at λ = 0"
+    axis.set(title=f"What MTP adds to one step\n{title}", xlabel="λ", ylabel=units)
     axis.legend(fontsize="small")
     save(figure, path)
 
