@@ -576,10 +576,20 @@ def one_step(sums, kept):
     return found
 
 
-def draw_onestep(found, title, path):
-    """The terms by λ as lines, their sum with its band, Adam's gain as points, λ* and the proxy's λ_t as marks."""
+def percent_axis(axis):
+    """An axis on which 20 % and 1000 % can both be read."""
     from matplotlib.ticker import FixedLocator
 
+    sizes = [20, 50, 100, 200, 500, 1000, 5000]
+    axis.set_yscale("asinh", linear_width=50)
+    axis.yaxis.set_major_locator(FixedLocator([*(-size for size in sizes), 0, *sizes]))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.axhline(0, color="black", lw=0.5)
+    axis.grid(alpha=0.3)
+
+
+def draw_onestep(found, title, path):
+    """The terms by λ as lines, their sum with its band, Adam's gain as points, λ* and the proxy's λ_t as marks."""
     figure, (axis,) = panels_of(1)
     for i, (term, name) in enumerate(TERMS.items()):
         mean, half = np.array([found[f"{term}/{lam:g}"] for lam in LAMS]).T
@@ -591,13 +601,7 @@ def draw_onestep(found, title, path):
     for i, (key, name) in enumerate(marks.items()):
         if LAMS[0] <= found[key][0] <= LAMS[-1]:
             axis.axvline(found[key][0], color="gray", ls=(":", "-.")[i], label=name)
-    axis.axhline(0, color="black", lw=0.5)
-    axis.set_yscale("asinh", linear_width=50)
-    axis.yaxis.set_major_locator(
-        FixedLocator([-500, -200, -100, -50, -20, -10, 0, 10, 20, 50, 100])
-    )
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.grid(alpha=0.3)
+    percent_axis(axis)
     units = "% of η g²; Adam's step: % of its gain at λ = 0"
     axis.set(title=f"What MTP adds to one step\n{title}", xlabel="λ", ylabel=units)
     axis.legend(fontsize="small")
@@ -770,8 +774,10 @@ def draw_terms(axis, groups):
         else:
             axis.bar(x, mean, 0.18, label=TERMS[term])
     axis.set_xticks(range(len(groups)), [str(name) for name, *_ in groups])
+    for i in np.flatnonzero(np.isnan(mean)):
+        axis.text(i, 0, "g² may be 0", rotation=90, ha="center", va="bottom")
     axis.set(ylabel="% of η g²")
-    axis.axhline(0, color="black", lw=0.5)
+    percent_axis(axis)
     axis.legend(fontsize="small")
 
 
@@ -852,7 +858,7 @@ def tables(runs):
     base = over(runs.get("detach", {}), key, *end)
     for label, seeds in runs.items():
         row = [cell(pooled(over(seeds, key, *part))) for part in ((0, 0), end)]
-        row += [cell(pooled(over(seeds, key, *end), base))]
+        row += ["–" if label == "detach" else cell(pooled(over(seeds, key, *end), base))]
         row += [cell(pooled(over(seeds, "occ/lam", *part)), 3) for part in ((0, 1 / 3), (2 / 3, 1))]
         rows.append([label, len(seeds), *row])
     head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
@@ -872,9 +878,16 @@ def tables(runs):
     }
     rows = []
     for label, seeds in runs.items():
-        for step in measured(seeds):
+        states = measured(seeds)
+        for step in [*states, None] if states else []:  # None: all of them
             at = {key: pooled(over(seeds, f"onestep/{key}", step=step)) for key in numbers}
-            rows.append([label, step, *(cell(at[key], n) for key, (_, n) in numbers.items())])
+            rows.append(
+                [
+                    label,
+                    "all" if step is None else step,
+                    *(cell(at[key], n) for key, (_, n) in numbers.items()),
+                ]
+            )
     head = ["run", "step", *(name for name, _ in numbers.values())]
     found["terms"] = markdown(head, rows)
 
