@@ -453,8 +453,8 @@ def onestep(args):
     second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And a step of Adam with clip,
     whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in
     % more than at λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the run's policy
-    loss, a surrogate, without a KL term; each minibatch is measured at weights of its own, one update after the
-    checkpoint.
+    loss, a surrogate, without a KL term; it is the first update of a rollout: the others start where the noise of those
+    before has moved trunk and heads.
     """
     cfg, state = load_run(args, with_heads=True)
     sums = measure(cfg, state, args.rollouts)
@@ -484,47 +484,57 @@ def onestep(args):
 
 
 def measure(cfg, state, rollouts):
-    """What `one_step` needs, from a minibatch per rollout: sums over the minibatches of each of PARTS parts.
+    """What `one_step` needs: sums over the minibatches of each of PARTS parts.
 
-    rl.step makes two updates: the first moves the weights, the second has the minibatch. Hg and Hm are differences of
-    the policy loss's gradient along g and m over the length of the second update, on the minibatch of another rollout
-    of the same part: on its own samples a gradient falls faster than on fresh ones. What is kept is on the CPU.
+    Minibatches are the first updates of rollouts, so that all stand at the checkpoint's weights: products of different
+    ones have no noise in common. Hg and Hm are differences of the policy loss's gradient along g and m, over the length
+    of Adam's update, on the next minibatch of the part: on its own samples a gradient falls faster than on others. λ_t
+    and Adam's update are those of second updates, of two more rollouts a part. What is kept is on the CPU.
     """
-    cfg.prompts_per_step = 2 * (cfg.prompts_per_step // cfg.updates_per_rollout)
-    cfg.updates_per_rollout, cfg.probe_every = 2, 1
-    tok, algo, seen, rows = rl.get_tokenizer(cfg.tokenizer), rl.ALGOS[cfg.algo], [], []
-    for i in tqdm(range(rollouts), "rollouts", disable=None):
-        # Loading the checkpoint again would not do: Adam's moments share its memory.
-        model, heads, optimizer = copy.deepcopy(state)
-        _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
-        if last and last.deltas[1].any() and last.g.any():
-            seen.append((last, parameters_to_vector(model.parameters()).detach()))
-    size = len(seen) // PARTS
-    if size < 2:
-        few = f"{len(seen)} gave a gradient; {2 * PARTS} are needed"
-        raise ValueError(f"--rollouts {rollouts}: {few}")
-    trunk = copy.deepcopy(state[0])
+    cfg.prompts_per_step, cfg.updates_per_rollout = (
+        cfg.prompts_per_step // cfg.updates_per_rollout,
+        1,
+    )
+    cfg.probe_every = 1
+    twice = copy.copy(cfg)
+    twice.prompts_per_step, twice.updates_per_rollout = 2 * cfg.prompts_per_step, 2
+    tok, algo, trunk = rl.get_tokenizer(cfg.tokenizer), rl.ALGOS[cfg.algo], copy.deepcopy(state[0])
+    theta = parameters_to_vector(trunk.parameters()).detach().clone()
+
+    def probed(cfg, count, name):
+        """The last minibatches of so many rollouts, as rl.step returns them, and the trunk after each."""
+        for i in tqdm(range(count), name, disable=None):
+            # Loading the checkpoint again would not do: Adam's moments share its memory.
+            model, heads, optimizer = copy.deepcopy(state)
+            _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
+            if last and last.g.any():  # some prompts had both right and wrong samples
+                yield last, parameters_to_vector(model.parameters()).detach()
 
     def gradient(theta, mb):
         vector_to_parameters(theta, trunk.parameters())
         logp, _ = rl.logprobs(trunk, None, mb, cfg)
         return occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(trunk.parameters()))
 
-    for i, (last, after) in enumerate(tqdm(seen[: size * PARTS], "curvatures", disable=None)):
-        fresh = seen[i + 1 if (i + 1) % size else i + 1 - size][0].mb
-        delta, here = last.theta - after, gradient(last.theta, fresh)
-        row = {"g": last.g, "m": last.m, "length": delta.norm()}
+    first = [last for last, _ in probed(cfg, rollouts, "first updates")]
+    moved = (pair for pair in probed(twice, rollouts, "second updates") if pair[0].deltas[1].any())
+    second = list(itertools.islice(moved, 2 * PARTS))
+    size = len(first) // PARTS
+    if size < 2 or len(second) < 2 * PARTS:
+        few = f"{len(first)} first and {len(second)} second minibatches had a gradient"
+        raise ValueError(f"--rollouts {rollouts}: {few}; {2 * PARTS} of each are needed")
+    length = torch.stack([(last.theta - after).norm() for last, after in second]).mean()
+    rows = []
+    for i, last in enumerate(tqdm(first[: size * PARTS], "curvatures", disable=None)):
+        fresh = first[i + 1 if (i + 1) % size else i + 1 - size]
+        row = {"g": last.g, "m": last.m}
         for name in ("g", "m"):
-            e = delta.norm() / row[name].norm().clamp(min=1e-30)
-            row["H" + name] = (here - gradient(last.theta - e * row[name], fresh)) / e
+            e = length / row[name].norm().clamp(min=1e-30)
+            row["H" + name] = (fresh.g - gradient(theta - e * row[name], fresh.mb)) / e
         for a, b in ("gg", "mm", ("g", "Hg"), ("g", "Hm"), ("m", "Hg"), ("m", "Hm")):
             row[a + b] = occ.dot(row[a], row[b])
         for lam in LAMS:
             u = last.g + lam * last.m
             row[f"u{lam:g}"] = u / u.norm().clamp(min=1.0)  # as training clips it
-        row["lam_t"] = occ.logprob_coefficient(*last.deltas)
-        fall = occ.dot(here - gradient(after, fresh), delta)
-        row["L_eta"] = fall / (delta.norm() * last.g.norm())
         rows.append({name: x.cpu() for name, x in row.items()})
     sums = {"size": size}
     for name in rows[0]:
@@ -532,6 +542,16 @@ def measure(cfg, state, rollouts):
         sums[name] = stack.sum(1)
         if name.startswith("u"):
             sums["square " + name] = stack.square().sum(1)
+    lams, lengths, falls = [], [], []
+    for (last, after), (fresh, _) in zip(second, second[1:] + second[:1]):
+        delta = last.theta - after
+        lams.append(occ.logprob_coefficient(*last.deltas))
+        lengths.append(delta.norm())
+        fall = occ.dot(gradient(last.theta, fresh.mb) - gradient(after, fresh.mb), delta)
+        falls.append(fall / (delta.norm() * last.g.norm()))
+    for name, values in (("lam_t", lams), ("length", lengths), ("L_eta", falls)):
+        by_part = torch.stack(values[: 2 * PARTS]).cpu().unflatten(0, (PARTS, 2))
+        sums[name] = size * by_part.mean(1)
     return sums
 
 
@@ -716,14 +736,17 @@ def finished_runs(out):
 
 def draw(out):
     """Every figure and every table, from the runs that lie in `out`."""
+    from matplotlib import rc_context
+
     runs = finished_runs(out)
     pair = [(label, runs.get(label, {})) for label in ("ce", "policy")]
-    figure, axes = panels_of(3)
-    draw_gaps(axes[0], runs)
-    draw_terms(axes[1], [(label, seeds, None) for label, seeds in pair])
-    axes[1].set(title="What MTP adds to a plain step at λ = 1")
-    draw_coefficients(axes[2], runs)
-    save(figure, out / "overview.png")
+    with rc_context({"font.size": 14}):  # a page shows it small
+        figure, axes = panels_of(3)
+        draw_gaps(axes[0], runs)
+        draw_terms(axes[1], [(label, seeds, None) for label, seeds in pair])
+        axes[1].set(title="What MTP adds to a step at λ = 1")
+        draw_coefficients(axes[2], runs)
+        save(figure, out / "overview.png")
 
     figure, axes = panels_of(2)
     draw_lines(axes[0], curves_of(runs, "eval/score", DRAWN), PANELS["eval/score"], 60)
@@ -757,7 +780,7 @@ def draw_gaps(axis, runs):
     detach, gaps = scores.pop("detach", {}), {}
     for label, seeds in scores.items():
         gaps[label] = {seed: minus(seeds[seed], detach[seed]) for seed in seeds if seed in detach}
-    panel = dict(title="Held-out score less that of detach", ylabel="points of 100")
+    panel = dict(title="Score less that of detach", ylabel="points of 100")
     draw_lines(axis, gaps, panel, 60)
 
 

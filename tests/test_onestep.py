@@ -112,25 +112,28 @@ def test_the_gain_is_that_of_a_simulated_adam(lam):
     assert abs(gain - blocks.mean()) < error < 0.3 * abs(gain)  # or this would say nothing
 
 
-def test_curvature_needs_fresh_samples(monkeypatch):
+def test_minibatches_stand_at_one_point_and_curvature_needs_fresh_samples(monkeypatch):
     """Of losses b·θ + θᵀHθ/2: along its own gradient one curves more than others do."""
-    n, model, g = 480, torch.nn.Linear(P, 1, bias=False).double(), []
+    n, model, start = 480, torch.nn.Linear(P, 1, bias=False).double(), torch.ones(P).double()
     A, (b, m) = torch.randn(n, P, P).double() / 2, draw(n, 0.0)
-    hessians, model.weight.data = H + (A + A.mT) / 2, torch.ones(1, P).double()
+    hessians, model.weight.data = H + (A + A.mT) / 2, start[None].clone()
+    g, first = b + hessians @ start, 0.1 * G
 
     def step(cfg, model, heads, optimizer, tok, number):
-        assert (cfg.updates_per_rollout, cfg.prompts_per_step) == (2, 4)  # of training's size
-        i, theta = len(g), flat(model.parameters()).detach()
-        g.append(b[i] + hessians[i] @ theta)
-        model.weight.data -= 0.1 * g[i]
-        return {}, [], SimpleNamespace(mb=i, deltas=(g[i], m[i]), g=g[i], m=m[i], theta=theta)
+        """A rollout of one or two updates, of which the last is seen."""
+        i, updates = number - 10**9, cfg.updates_per_rollout
+        assert cfg.prompts_per_step == 2 * updates  # of training's size
+        assert flat(model.parameters()).equal(start)  # each from the checkpoint
+        theta = start - (updates - 1) * first
+        seen = b[i] + hessians[i] @ theta
+        model.weight.data = (theta - 0.1 * seen)[None]
+        return {}, [], SimpleNamespace(mb=i, deltas=(seen, m[i]), g=seen, m=m[i], theta=theta)
 
     monkeypatch.setattr(rl, "step", step)
     monkeypatch.setattr(rl, "logprobs", lambda model, *_: (flat(model.parameters()), 0))
     monkeypatch.setattr(rl, "trunk_loss", lambda x, i, _: b[i] @ x + x @ hessians[i] @ x / 2)
     cfg = dict(prompts_per_step=9, updates_per_rollout=4, tokenizer="bytes", algo="dapo")
     sums = evaluation.measure(SimpleNamespace(**cfg), (model, None, None), n)
-    g = torch.stack(g)
     expected, own = sums_of(g, m), torch.einsum("np,npq,nq->n", g, hessians, g)
     for name in ("g", "m", "mm", "u1", "square u1"):
         torch.testing.assert_close(sums[name], expected[name])
@@ -139,7 +142,12 @@ def test_curvature_needs_fresh_samples(monkeypatch):
     fresh = torch.einsum("np,npq,nq->n", g, hessians[others], g)
     assert sums["gHg"].sum() == pytest.approx(fresh.sum())
     assert abs(fresh.sum() - (g @ H * g).sum()) < 4 * n**0.5 * own.std() < (own - fresh).sum() / 2
-    assert sums["L_eta"].sum() == pytest.approx((0.1 * fresh / g.square().sum(1)).sum())
+    second = (b + hessians @ (start - first))[: 2 * PARTS]  # the updates that give η, λ_t and Lη
+    assert sums["length"].sum() / n == pytest.approx(0.1 * second.norm(dim=1).mean())
+    lam = (second * m[: 2 * PARTS]).sum(1) / m[: 2 * PARTS].square().sum(1)
+    assert sums["lam_t"].sum() / n == pytest.approx(lam.mean())
+    along = torch.einsum("np,npq,nq->n", second, hessians[: 2 * PARTS].roll(-1, 0), second)
+    assert sums["L_eta"].sum() / n == pytest.approx(0.1 * (along / second.square().sum(1)).mean())
 
 
 @pytest.mark.parametrize("algo", ["grpo", "drgrpo", "gspo"])
@@ -158,10 +166,10 @@ def test_onestep_of_a_run(algo, trained, monkeypatch):
     weights = path.read_bytes()
     with pytest.raises(ValueError, match="nowhere: cannot be used here"):
         evaluation.main(evaluation.parse([*command, "--device=nowhere"]))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="8: 0 gave a gradient"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="8: 0 first and 0 second"):
         patch.setattr(rl, "is_right", lambda *x: False)
         evaluation.main(evaluation.parse([*command, "--rollouts=8"]))
-    evaluation.main(evaluation.parse([*command, "--rollouts=12", "--device=cpu"]))
+    evaluation.main(evaluation.parse([*command, "--rollouts=16", "--device=cpu"]))
     text = path.with_name("onestep-ckpt-2.json").read_text(encoding="utf-8")
     found = json.loads(text, parse_constant=pytest.fail)  # no NaN
     assert found["noise_g"][0] > 0 and found.keys() >= set(evaluation.DENOMINATORS.values())
