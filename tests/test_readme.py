@@ -5,11 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, metrics
 
 import eval as evaluation
+import rl
 import train
 
 FILES = "model occ mtp rl eval train".split()  # each imports only from those before it
@@ -28,7 +30,11 @@ def commands():
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_every_command_parses(command, trained, monkeypatch):
+def test_every_command_parses(command, trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # with a file of one problem, which stands for every data set
+    Path("FILE.jsonl").write_text('{"question": "1+1", "answer": "2"}\n', encoding="utf-8")
+    monkeypatch.setattr(rl, "data_file", lambda name, folder: "FILE.jsonl")
+    monkeypatch.setattr(rl, "suites_of", rl.suites_of.__wrapped__)  # without its cache
     file = next(word for word in command if word.endswith((".py", ".txt", "tests")))
     arguments = command[command.index(file) + 1 :]
     assert (ROOT / file).exists()
@@ -92,3 +98,9 @@ def test_importing_runs_nothing(tmp_path):
     code = f"import sys; sys.path.append({str(ROOT)!r}); import {', '.join(FILES)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr, [*tmp_path.iterdir()]) == (0, b"", b"", [])
+
+
+def test_the_reference_can_be_drawn_beside_a_run():
+    (seeds,) = evaluation.group_runs([ROOT / ".github" / "reference"]).values()
+    scores = evaluation.curves(seeds, "eval/score")[0]
+    assert len(scores) >= 10 and scores[0] < 70 < 90 < scores[250]
