@@ -739,7 +739,7 @@ def draw(out):
     from matplotlib import rc_context
 
     runs = finished_runs(out)
-    pair = [(label, runs.get(label, {})) for label in ("ce", "policy")]
+    pair = [(label, runs[label]) for label in ("ce", "policy") if label in runs]
     with rc_context({"font.size": 14}):  # a page shows it small
         figure, axes = panels_of(3)
         draw_gaps(axes[0], runs)
