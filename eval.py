@@ -354,11 +354,16 @@ def averaged(seeds, points):
     return np.array(rows).reshape(-1, 3).T
 
 
+def color_of(label, otherwise):
+    """The same for a regime of `reproduce` in every picture."""
+    return f"C{list(REPRODUCED).index(label)}" if label in REPRODUCED else otherwise
+
+
 def draw_lines(axis, lines, panel, points=12):
     """{label: {seed: {step: number}}} as lines with the band of the 95 % interval; panel: what matplotlib sets."""
     for i, (label, seeds) in enumerate(lines.items()):
         steps, mean, half = averaged(seeds, points)
-        color = f"C{list(REPRODUCED).index(label) if label in REPRODUCED else i}"
+        color = color_of(label, f"C{i}")
         axis.plot(steps, mean, color=color, label=f"{label} (n = {len(seeds)})")
         axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
     axis.set(xlabel="step", **panel)
@@ -451,8 +456,8 @@ def onestep(args):
 
     Two kinds of step. A plain step of size η against ĝ + λ m̂, at λ = 0 as long as Adam's update: its mean gain to
     second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And a step of Adam with clip,
-    whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), in
-    % more than at λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the run's policy
+    whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), as
+    % over λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the run's policy
     loss, a surrogate, without a KL term; it is the first update of a rollout: the others start where the noise of those
     before has moved trunk and heads.
     """
@@ -483,6 +488,19 @@ def onestep(args):
     ]
 
 
+def probed(cfg, state, updates, count):
+    """The last minibatches of rollouts of so many updates, as rl.step returns them, and the trunk after each."""
+    cfg, tok = copy.copy(cfg), rl.get_tokenizer(cfg.tokenizer)
+    cfg.prompts_per_step = updates * (cfg.prompts_per_step // cfg.updates_per_rollout)
+    cfg.updates_per_rollout, cfg.probe_every = updates, 1
+    for i in tqdm(range(count), f"rollouts, update {updates}", disable=None):
+        # Loading the checkpoint again would not do: Adam's moments share its memory.
+        model, heads, optimizer = copy.deepcopy(state)
+        _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
+        if last and last.g.any():  # some prompts had both right and wrong samples
+            yield last, parameters_to_vector(model.parameters()).detach()
+
+
 def measure(cfg, state, rollouts):
     """What `one_step` needs: sums over the minibatches of each of PARTS parts.
 
@@ -491,72 +509,53 @@ def measure(cfg, state, rollouts):
     of Adam's update, on the next minibatch of the part: on its own samples a gradient falls faster than on others. λ_t
     and Adam's update are those of second updates, of two more rollouts a part. What is kept is on the CPU.
     """
-    cfg.prompts_per_step, cfg.updates_per_rollout = (
-        cfg.prompts_per_step // cfg.updates_per_rollout,
-        1,
-    )
-    cfg.probe_every = 1
-    twice = copy.copy(cfg)
-    twice.prompts_per_step, twice.updates_per_rollout = 2 * cfg.prompts_per_step, 2
-    tok, algo, trunk = rl.get_tokenizer(cfg.tokenizer), rl.ALGOS[cfg.algo], copy.deepcopy(state[0])
-    theta = parameters_to_vector(trunk.parameters()).detach().clone()
-
-    def probed(cfg, count, name):
-        """The last minibatches of so many rollouts, as rl.step returns them, and the trunk after each."""
-        for i in tqdm(range(count), name, disable=None):
-            # Loading the checkpoint again would not do: Adam's moments share its memory.
-            model, heads, optimizer = copy.deepcopy(state)
-            _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
-            if last and last.g.any():  # some prompts had both right and wrong samples
-                yield last, parameters_to_vector(model.parameters()).detach()
+    algo, trunk = rl.ALGOS[cfg.algo], copy.deepcopy(state[0])
+    first = [last for last, _ in probed(cfg, state, 1, rollouts)]
+    moved = (pair for pair in probed(cfg, state, 2, rollouts) if pair[0].deltas[1].any())
+    second = list(itertools.islice(moved, 2 * PARTS))
+    size = len(first) // PARTS
+    if size < 2 or len(second) < 2 * PARTS:
+        few = f"{len(first)} first and {len(second)} second minibatches had a gradient"
+        raise ValueError(f"--rollouts {rollouts}: {few}; {2 * PARTS} of each are needed")
 
     def gradient(theta, mb):
         vector_to_parameters(theta, trunk.parameters())
         logp, _ = rl.logprobs(trunk, None, mb, cfg)
         return occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(trunk.parameters()))
 
-    first = [last for last, _ in probed(cfg, rollouts, "first updates")]
-    moved = (pair for pair in probed(twice, rollouts, "second updates") if pair[0].deltas[1].any())
-    second = list(itertools.islice(moved, 2 * PARTS))
-    size = len(first) // PARTS
-    if size < 2 or len(second) < 2 * PARTS:
-        few = f"{len(first)} first and {len(second)} second minibatches had a gradient"
-        raise ValueError(f"--rollouts {rollouts}: {few}; {2 * PARTS} of each are needed")
-    length = torch.stack([(last.theta - after).norm() for last, after in second]).mean()
-    rows = []
+    sums, updates, rows = {"size": size}, [], []
+    for (last, after), (fresh, _) in zip(second, second[1:] + second[:1]):
+        delta = last.theta - after
+        fall = occ.dot(gradient(last.theta, fresh.mb) - gradient(after, fresh.mb), delta)
+        update = {"lam_t": occ.logprob_coefficient(*last.deltas), "length": delta.norm()}
+        update["L_eta"] = fall / (delta.norm() * last.g.norm())
+        updates.append({name: x.cpu() for name, x in update.items()})
+    for name in updates[0]:
+        by_part = torch.stack([update[name] for update in updates]).unflatten(0, (PARTS, 2))
+        sums[name] = size * by_part.mean(1)
+    length = sums["length"].mean().item() / size
     for i, last in enumerate(tqdm(first[: size * PARTS], "curvatures", disable=None)):
         fresh = first[i + 1 if (i + 1) % size else i + 1 - size]
         row = {"g": last.g, "m": last.m}
         for name in ("g", "m"):
             e = length / row[name].norm().clamp(min=1e-30)
-            row["H" + name] = (fresh.g - gradient(theta - e * row[name], fresh.mb)) / e
+            row["H" + name] = (fresh.g - gradient(last.theta - e * row[name], fresh.mb)) / e
         for a, b in ("gg", "mm", ("g", "Hg"), ("g", "Hm"), ("m", "Hg"), ("m", "Hm")):
             row[a + b] = occ.dot(row[a], row[b])
         for lam in LAMS:
             u = last.g + lam * last.m
             row[f"u{lam:g}"] = u / u.norm().clamp(min=1.0)  # as training clips it
         rows.append({name: x.cpu() for name, x in row.items()})
-    sums = {"size": size}
     for name in rows[0]:
         stack = torch.stack([row[name] for row in rows]).unflatten(0, (PARTS, size))
         sums[name] = stack.sum(1)
         if name.startswith("u"):
             sums["square " + name] = stack.square().sum(1)
-    lams, lengths, falls = [], [], []
-    for (last, after), (fresh, _) in zip(second, second[1:] + second[:1]):
-        delta = last.theta - after
-        lams.append(occ.logprob_coefficient(*last.deltas))
-        lengths.append(delta.norm())
-        fall = occ.dot(gradient(last.theta, fresh.mb) - gradient(after, fresh.mb), delta)
-        falls.append(fall / (delta.norm() * last.g.norm()))
-    for name, values in (("lam_t", lams), ("length", lengths), ("L_eta", falls)):
-        by_part = torch.stack(values[: 2 * PARTS]).cpu().unflatten(0, (PARTS, 2))
-        sums[name] = size * by_part.mean(1)
     return sums
 
 
 def one_step(sums, kept):
-    """The numbers of `onestep` from some of the parts; a quotient without a denominator is nan.
+    """The numbers of `onestep` from some of the parts.
 
     Products across parts have no noise in common, and products within a minibatch have all of it.
     """
@@ -641,6 +640,11 @@ REPRODUCED = {  # the others are compared with the first; onestep is run on the 
     "policy-0.5": dict(regime="policy", lam=0.5),
 }
 DRAWN = list(REPRODUCED)[:4]
+COLUMNS = {  # of the table of terms, beside the terms: onestep's key, its name, digits
+    "rl": ("RL alone", 0), "lam_star": ("λ*, noise counted", 2), "lam_star8": ("λ*, 8 ×", 2),
+    "lam_t": ("λ_t", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine", 2), "L_eta": ("Lη", 3),
+    "noise_g": ("noise in ‖ĝ‖², %", 0), "noise_m": ("in ‖m̂‖², %", 0),
+}  # fmt: skip
 
 
 def cores():
@@ -805,9 +809,8 @@ def draw_terms(axis, groups):
 
 
 def measured(seeds):
-    """The steps at which `onestep` has measured every seed."""
-    steps = [set(curve) for curve in curves(seeds, "onestep/eta_g2").values()]
-    return sorted(set.intersection(*steps)) if steps else []
+    """The steps at which `onestep` has measured a seed."""
+    return sorted(set().union(*curves(seeds, "onestep/eta_g2").values()))
 
 
 def draw_states(axis, seeds, key, name):
@@ -815,8 +818,8 @@ def draw_states(axis, seeds, key, name):
     steps = measured(seeds)
     found = [pooled(over(seeds, f"onestep/{key}", step=step)) for step in steps]
     mean, half = np.array(found).reshape(-1, 2).T
-    color = f"C{list(REPRODUCED).index(name)}" if name in REPRODUCED else "black"
-    axis.errorbar(steps, mean, half, fmt="o", color=color, capsize=3, label=name)
+    style = dict(fmt="o", color=color_of(name, "black"), capsize=3)
+    axis.errorbar(steps, mean, half, **style, label=name)
     axis.set(xlabel="step")
     axis.axhline(0, color="black", lw=0.5)
     axis.legend(fontsize="small")
@@ -854,14 +857,13 @@ def over(seeds, key, first=0.0, last=1.0, step=None):
     return found
 
 
-def pooled(seeds, less=None):
-    """(Σ/Σ of `over`, half-width of its 95 % interval), or that less another, of the seeds that both have.
+def pooled(*sides):
+    """(Σ/Σ of `over`, half-width of its 95 % interval), or of two sides the first less the second, seed by seed.
 
     The jackknife leaves out one seed with all that belongs to it; for a mean it gives Student's interval. nan where a
     denominator may be 0.
     """
-    sides = [seeds] if less is None else [seeds, less]
-    common = [seed for seed in seeds if all(seed in side for side in sides)]
+    common = [seed for seed in sides[0] if all(seed in side for side in sides)]
 
     def value(some):
         means = [sum(side[s][0] for s in some) / sum(side[s][1] for s in some) for side in sides]
@@ -887,30 +889,13 @@ def tables(runs):
     head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
     found = {"scores": markdown(head, rows)}
 
-    numbers = {f"{term}/1": (name, 0) for term, name in TERMS.items()}
-    numbers |= {
-        "rl": ("RL alone", 0),
-        "lam_star": ("λ*, noise counted", 2),
-        "lam_star8": ("λ*, 8 ×", 2),
-    }
-    numbers |= {"lam_t": ("λ_t", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine", 2)}
-    numbers |= {
-        "noise_g": ("noise in ‖ĝ‖², %", 0),
-        "noise_m": ("in ‖m̂‖², %", 0),
-        "L_eta": ("Lη", 3),
-    }
+    numbers = {f"{term}/1": (name, 0) for term, name in TERMS.items()} | COLUMNS
     rows = []
     for label, seeds in runs.items():
-        states = measured(seeds)
-        for step in [*states, None] if states else []:  # None: all of them
+        states = {step: step for step in measured(seeds)}
+        for name, step in (states | {"all": None} if states else {}).items():
             at = {key: pooled(over(seeds, f"onestep/{key}", step=step)) for key in numbers}
-            rows.append(
-                [
-                    label,
-                    "all" if step is None else step,
-                    *(cell(at[key], n) for key, (_, n) in numbers.items()),
-                ]
-            )
+            rows.append([label, name, *(cell(at[key], n) for key, (_, n) in numbers.items())])
     head = ["run", "step", *(name for name, _ in numbers.values())]
     found["terms"] = markdown(head, rows)
 
@@ -924,55 +909,43 @@ def claims(runs):
     "reproduced" if the interval lies where the claim says, "not" if it lies elsewhere, else "undecided". H5, seconds of
     a step, needs an idle machine: tests/bench.py. % is of η g², at λ = 1, see `onestep`.
     """
-    rows, early, middle, late = [], (0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
+    start, early, middle, late = (0, 0), (0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
+    rows, end = [], (0.8, 1)
     first, penalty, score, ratio = "onestep/first/1", "onestep/penalty/1", "eval/score", "occ/v2_g2"
 
     def part(label, key, shares=(0, 1)):
         return over(runs.get(label, {}), key, *shares)
 
-    def claim(name, quantity, seeds, less=None, above=-math.inf, below=math.inf):
-        center, half = pooled(seeds, less)
+    def claim(name, quantity, sides, above=-math.inf, below=math.inf):
+        center, half = pooled(*sides)
         verdict = "undecided"
         if above < center - half and center + half < below:
             verdict = "reproduced"
         elif center + half <= above or center - half >= below:
             verdict = "not"
-        n = len(seeds) if less is None else len(seeds.keys() & less.keys())
-        shown = cell((center, half), 3)
+        n, shown = len(set.intersection(*map(set, sides))), cell((center, half), 3)
         rows.append([name, quantity, shown, n, f"{above:g} to {below:g}", verdict])
 
     def gap(label, other):
-        return part(label, score, (0.8, 1)), part(other, score, (0.8, 1))
+        return part(label, score, end), part(other, score, end)
 
     def change(label, key, a, b):
         return part(label, key, a), part(label, key, b)
 
-    claim("H1", "ce: first order, %", part("ce", first), above=-15, below=15)
-    claim("H1", "ce: penalty, %", part("ce", penalty), below=0)
-    claim("H1", "ce − detach, points", *gap("ce", "detach"), below=0)
-    claim("H2", "policy: first order, %", part("policy", first), above=0)
-    claim(
-        "H2", "policy: first order, early − late, %", *change("policy", first, early, late), above=0
-    )
-    claim(
-        "H2",
-        "policy: log2 ‖m̂‖²/‖ĝ‖², late − early",
-        *change("policy", ratio, late, early),
-        above=-1,
-    )
-    claim(
-        "H2",
-        "policy: score, middle third − start",
-        *change("policy", score, middle, (0, 0)),
-        above=0,
-    )
-    claim(
-        "H2", "policy: score, middle third − last", *change("policy", score, middle, late), above=0
-    )
-    claim("H3", "occ: λ_t, first third − last", *change("occ", "occ/lam", early, late), above=0)
-    claim("H4", "occ − detach, points", *gap("occ", "detach"), above=0)
+    claim("H1", "ce: first order, %", [part("ce", first)], -15, 15)
+    claim("H1", "ce: penalty, %", [part("ce", penalty)], below=0)
+    claim("H1", "ce − detach, points", gap("ce", "detach"), below=0)
+    decay, growth = change("policy", first, early, late), change("policy", ratio, late, early)
+    rise, fall = change("policy", score, middle, start), change("policy", score, middle, late)
+    claim("H2", "policy: first order, %", [part("policy", first)], 0)
+    claim("H2", "policy: first order, early − late, %", decay, 0)
+    claim("H2", "policy: log2 ‖m̂‖²/‖ĝ‖², late − early", growth, -1)
+    claim("H2", "policy: score, middle third − start", rise, 0)
+    claim("H2", "policy: score, middle third − last", fall, 0)
+    claim("H3", "occ: λ_t, first third − last", change("occ", "occ/lam", early, late), 0)
+    claim("H4", "occ − detach, points", gap("occ", "detach"), 0)
     for label in ("policy", "policy-0.5", "policy-0.1"):
-        claim("H6", f"occ − {label}, points", *gap("occ", label), above=0)
+        claim("H6", f"occ − {label}, points", gap("occ", label), 0)
     return rows
 
 

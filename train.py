@@ -63,7 +63,6 @@ class Config:
     seed: int = 0  # seed of all random numbers but those of evaluations
     # reinforcement learning
     regime: Literal[tuple(occ.REGIMES)] = "occ"  # the loss of the heads, and a rule for lambda
-
     algo: Literal[tuple(rl.ALGOS)] = "dapo"  # the policy-gradient method
     steps: int = 250  # steps; each is a rollout and its updates
     lr: float = 2e-4  # step size of Adam, for trunk and heads
@@ -455,7 +454,8 @@ def main(cfg, resume=False):
         minutes = (time.perf_counter() - began) / 60
         change = f"score {scores[0]:.1f} -> {scores[-1]:.1f} of 100"
         say(f"{change} (held out, avg@{cfg.eval_k}) in {minutes:.1f} minutes")
-        command = "explain" if heads else "sample"
+        # Without a second update there is no δ to explain.
+        command = "explain" if heads and cfg.updates_per_rollout > 1 else "sample"
         say(f"look at {curves}; then: python eval.py {command} {shlex.quote(cfg.out)}")
 
 

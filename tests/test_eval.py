@@ -156,6 +156,8 @@ def test_seeds_are_pooled_by_their_denominators():
         record["onestep/eta_g2"] -= 3.0  # a mean that may be 0
     found = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
     assert all(map(math.isnan, found))
+    seeds[0].append({"step": 2, "onestep/first/1": 4.0, "onestep/eta_g2": 1.0})
+    assert evaluation.measured(seeds) == [1, 2]  # a state that one seed has is not hidden by others
     plain = {seed: (value, 1.0) for seed, value in enumerate(values)}
     assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(values))
     assert evaluation.pooled(plain, {1: (1.0, 2.0)})[0] == values[1] - 0.5

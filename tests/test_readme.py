@@ -71,6 +71,7 @@ def test_what_is_named_exists(page, trained):
     names = rf"`((?:{'|'.join(FILES)})\.(?!py\b)\w+|test_\w+)`"
     named = set(re.findall(names, TODAY[page]))
     assert named <= exist, named - exist
+    assert page != "README.md" or len(named) >= 10
     for path in re.findall(r"`((?:\.github|tests)/[^`\s]+)`", TODAY[page]):
         assert (ROOT / path).exists(), path
     logged = set().union(*metrics(trained(algo="grpo"), clock=True))
