@@ -160,6 +160,10 @@ def mean_of(intervals):
     return statistics.fmean(means), math.hypot(*halves) / len(halves)
 
 
+def ratio(a, b):
+    return a / b if b else math.nan
+
+
 def cell(interval, digits=1):
     mean, half = interval
     if math.isnan(mean):
@@ -443,11 +447,17 @@ LAMS = [-0.5, -0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0]
 PARTS = 12  # of the minibatches: the jackknife leaves out one at a time
 TERMS = {  # prefix: name. A number of onestep is keyed by prefix and λ, as sum/0.5
     "first": "first order", "shared": "shared noise", "penalty": "penalty", "sum": "sum",
-    "sum8": "sum, 8 × the minibatch", "adam": "Adam's step",
+    "sum8": "sum, 8 × the minibatch, same η", "adam": "Adam's step",
+}  # fmt: skip
+COLUMNS = {  # of the tables, beside the terms: key, name, digits
+    "rl": ("RL alone", 0), "lam_star": ("λ*, noise counted", 2), "lam_star8": ("λ*, 8 ×, same η", 2),
+    "lam_t": ("λ_t for λ₊ = 1", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine without noise", 2),
+    "L_eta": ("Lη of Adam's update", 3), "noise_g": ("noise in ‖ĝ‖², %", 0), "noise_m": ("in ‖m̂‖², %", 0),
 }  # fmt: skip
 DENOMINATORS = {  # of onestep's numbers that are quotients, by their prefix
     **dict.fromkeys(("rl", "first", "shared", "penalty", "sum", "sum8"), "eta_g2"),
     "adam": "gain", "lam_star": "bottom", "lam_star8": "bottom8", "lam_plus": "bottom_t",
+    "cos": "norms",
 }  # fmt: skip
 
 
@@ -459,12 +469,12 @@ def onestep(args):
     whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), as
     % over λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the run's policy
     loss, a surrogate, without a KL term; it is the first update of a rollout: the others start where the noise of those
-    before has moved trunk and heads.
+    before has moved trunk and heads; and `reinforce` has its baseline from one minibatch here.
     """
     cfg, state = load_run(args, with_heads=True)
-    sums = measure(cfg, state, args.rollouts)
-    whole = one_step(sums, list(range(PARTS)))
-    parts = [one_step(sums, [i for i in range(PARTS) if i != part]) for part in range(PARTS)]
+    means = part_means(measure(cfg, state, args.rollouts))
+    whole = one_step(means, list(range(PARTS)))
+    parts = [one_step(means, [i for i in range(PARTS) if i != part]) for part in range(PARTS)]
     found = {key: jackknife(value, [part[key] for part in parts]) for key, value in whole.items()}
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
     numbers = {key: [x if math.isfinite(x) else None for x in xs] for key, xs in found.items()}
@@ -479,11 +489,7 @@ def onestep(args):
         f"m of {occ.REGIMES[cfg.regime].loss}. What MTP adds to a plain step, in % of η g², and to the "
         "first-order gain of Adam's step, in % of that at λ = 0; ± 95 % (jackknife):",
         *markdown(["λ", *TERMS.values()], rows),
-        f"RL alone gains {cell(found['rl'], 0)} % of η g². λ* with noise counted {cell(found['lam_star'], 2)}, with "
-        f"8 × the minibatch {cell(found['lam_star8'], 2)}.",
-        f"λ_t of the proxy {cell(found['lam_t'], 3)}; it would be λ* with λ₊ = {cell(found['lam_plus'], 1)}.",
-        f"Noise: {cell(found['noise_g'], 0)} % of a minibatch's ‖ĝ‖², {cell(found['noise_m'], 0)} % of ‖m̂‖². Without "
-        f"it the cosine of g and m is {cell(found['cos'], 2)}. Lη along Adam's update {cell(found['L_eta'], 3)}.",
+        *(f"{name}: {cell(found[key], digits)}" for key, (name, digits) in COLUMNS.items()),
         str(path.with_suffix(".png")),
     ]
 
@@ -497,22 +503,23 @@ def probed(cfg, state, updates, count):
         # Loading the checkpoint again would not do: Adam's moments share its memory.
         model, heads, optimizer = copy.deepcopy(state)
         _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
-        if last and last.g.any():  # some prompts had both right and wrong samples
+        if last and (last.g.any() or last.m.any()):
             yield last, parameters_to_vector(model.parameters()).detach()
 
 
 def measure(cfg, state, rollouts):
-    """What `one_step` needs: sums over the minibatches of each of PARTS parts.
+    """Minibatches as `part_means` takes them, on the CPU: each number or vector of shape (PARTS, minibatches, ...).
 
-    Minibatches are the first updates of rollouts, so that all stand at the checkpoint's weights: products of different
-    ones have no noise in common. Hg and Hm are differences of the policy loss's gradient along g and m, over the length
-    of Adam's update, on the next minibatch of the part: on its own samples a gradient falls faster than on others. λ_t
-    and Adam's update are those of second updates, of two more rollouts a part. What is kept is on the CPU.
+    g, m, Hg, Hm are of the first updates of rollouts, so that all stand at the checkpoint's weights: products of
+    different ones have no noise in common. Hg and Hm are differences of the policy loss's gradient along g and m, over
+    the length of Adam's update, on the next minibatch of the part: on its own samples a gradient falls faster than on
+    others. In a first update δ is 0, so λ_t and Adam's update (its length, and Lη along it) are those of second
+    updates, of further rollouts.
     """
     algo, trunk = rl.ALGOS[cfg.algo], copy.deepcopy(state[0])
     first = [last for last, _ in probed(cfg, state, 1, rollouts)]
-    moved = (pair for pair in probed(cfg, state, 2, rollouts) if pair[0].deltas[1].any())
-    second = list(itertools.islice(moved, 2 * PARTS))
+    second = filter(lambda pair: pair[0].g.any(), probed(cfg, state, 2, rollouts))
+    second = list(itertools.islice(second, 2 * PARTS))
     size = len(first) // PARTS
     if size < 2 or len(second) < 2 * PARTS:
         few = f"{len(first)} first and {len(second)} second minibatches had a gradient"
@@ -523,75 +530,75 @@ def measure(cfg, state, rollouts):
         logp, _ = rl.logprobs(trunk, None, mb, cfg)
         return occ.flat_grad(rl.trunk_loss(logp, mb, algo), list(trunk.parameters()))
 
-    sums, updates, rows = {"size": size}, [], []
-    for (last, after), (fresh, _) in zip(second, second[1:] + second[:1]):
-        delta = last.theta - after
+    rows = {name: [] for name in ("lam_t", "length", "L_eta", "g", "m", "Hg", "Hm")}
+    for i, (last, after) in enumerate(second):
+        fresh, delta = second[i ^ 1][0], last.theta - after
         fall = occ.dot(gradient(last.theta, fresh.mb) - gradient(after, fresh.mb), delta)
-        update = {"lam_t": occ.logprob_coefficient(*last.deltas), "length": delta.norm()}
-        update["L_eta"] = fall / (delta.norm() * last.g.norm())
-        updates.append({name: x.cpu() for name, x in update.items()})
-    for name in updates[0]:
-        by_part = torch.stack([update[name] for update in updates]).unflatten(0, (PARTS, 2))
-        sums[name] = size * by_part.mean(1)
-    length = sums["length"].mean().item() / size
+        rows["lam_t"].append(occ.logprob_coefficient(*last.deltas))
+        rows["length"].append(delta.norm())
+        rows["L_eta"].append(fall / (delta.norm() * last.g.norm()))
+    length = torch.stack(rows["length"]).mean()
     for i, last in enumerate(tqdm(first[: size * PARTS], "curvatures", disable=None)):
-        fresh = first[i + 1 if (i + 1) % size else i + 1 - size]
-        row = {"g": last.g, "m": last.m}
-        for name in ("g", "m"):
-            e = length / row[name].norm().clamp(min=1e-30)
-            row["H" + name] = (fresh.g - gradient(last.theta - e * row[name], fresh.mb)) / e
-        for a, b in ("gg", "mm", ("g", "Hg"), ("g", "Hm"), ("m", "Hg"), ("m", "Hm")):
-            row[a + b] = occ.dot(row[a], row[b])
-        for lam in LAMS:
-            u = last.g + lam * last.m
-            row[f"u{lam:g}"] = u / u.norm().clamp(min=1.0)  # as training clips it
-        rows.append({name: x.cpu() for name, x in row.items()})
-    for name in rows[0]:
-        stack = torch.stack([row[name] for row in rows]).unflatten(0, (PARTS, size))
-        sums[name] = stack.sum(1)
-        if name.startswith("u"):
-            sums["square " + name] = stack.square().sum(1)
-    return sums
+        fresh = first[i - i % size + (i + 1) % size]
+        for name, v in (("g", last.g), ("m", last.m)):
+            e = length / v.norm().clamp(min=1e-30)
+            fall = fresh.g - gradient(last.theta - e * v, fresh.mb)
+            rows[name].append(v)
+            rows["H" + name].append(fall / e)
+    return {name: torch.stack(x).cpu().unflatten(0, (PARTS, -1)) for name, x in rows.items()}
 
 
-def one_step(sums, kept):
+def part_means(rows):
+    """Means over the minibatches of each part (PARTS, ...), of what `measure` returns and of products within each."""
+    means, g, m = {name: x.mean(1) for name, x in rows.items()}, rows["g"], rows["m"]
+    for a, b in ("gg", "mm", ("g", "Hg"), ("g", "Hm"), ("m", "Hg"), ("m", "Hm")):
+        means[a + b] = (rows[a] * rows[b]).sum(2).mean(1)
+    for lam in LAMS:
+        u = g + lam * m
+        u /= u.norm(dim=2, keepdim=True).clamp(min=1.0)  # as training clips it
+        means[f"u{lam:g}"], means[f"u²{lam:g}"] = u.mean(1), u.square().mean(1)
+    return means
+
+
+def one_step(means, kept):
     """The numbers of `onestep` from some of the parts.
 
     Products across parts have no noise in common, and products within a minibatch have all of it.
     """
-    k, n = len(kept), len(kept) * sums["size"]
+    means = {name: x[kept] for name, x in means.items()}
 
     def across(a, b):
-        a, b = sums[a][kept], sums[b][kept]
-        return (a.sum(0) * b.sum(0) - (a * b).sum(0)) / (k * (k - 1) * sums["size"] ** 2)
+        a, b = means[a], means[b]
+        return (a.sum(0) * b.sum(0) - (a * b).sum(0)) / (len(a) * (len(a) - 1))
 
-    def within(ab):
-        return sums[ab][kept].sum().item() / n
+    def within(name):
+        return means[name].mean().item()
 
     g2, c, v2 = (across(*pair).sum().item() for pair in ("gg", "gm", "mm"))
     eta, lam_t = within("length") / within("gg") ** 0.5, within("lam_t")
     found = {"g2": g2, "c": c, "eta_g2": eta * g2, "lam_t": lam_t, "L_eta": within("L_eta")}
-    found["rl"] = 100 * (1 - eta / 2 * within("gHg") / g2)
-    found["cos"] = c / (g2 * v2) ** 0.5 if g2 > 0 and v2 > 0 else math.nan
-    found |= {"noise_g": 100 - 100 * g2 / within("gg"), "noise_m": 100 - 100 * v2 / within("mm")}
+    found["rl"] = 100 - 50 * eta * ratio(within("gHg"), g2)
+    found["norms"] = (max(g2, 0) * max(v2, 0)) ** 0.5
+    found["cos"] = ratio(c, found["norms"])
+    found["noise_g"] = 100 - 100 * ratio(g2, within("gg"))
+    found["noise_m"] = 100 - 100 * ratio(v2, within("mm"))
     for size, tag in ((1, ""), (8, "8")):  # a larger minibatch has less noise and the same means
         ghm = (across("g", "Hm") + across("m", "Hg")).sum().item() / 2
         mhm = across("m", "Hm").sum().item()
         ghm += ((within("gHm") + within("mHg")) / 2 - ghm) / size
         mhm += (within("mHm") - mhm) / size
-        best = occ.noisy_lam_star(c, ghm, mhm, eta)
-        found |= {f"bottom{tag}": eta * mhm, f"lam_star{tag}": best}
+        found |= {f"bottom{tag}": eta * mhm, f"lam_star{tag}": occ.noisy_lam_star(c, ghm, mhm, eta)}
         for lam in LAMS:
-            terms = [100 * x / (eta * g2) for x in occ.noisy_terms(lam, c, ghm, mhm, eta)]
+            terms = occ.noisy_terms(lam, c, ghm, mhm, eta)
             for name, value in zip(("first", "shared", "penalty", "sum"), (*terms, sum(terms))):
-                found[f"{name}{tag}/{lam:g}"] = value
+                found[f"{name}{tag}/{lam:g}"] = 100 * ratio(value, eta * g2)
     found["bottom_t"] = found["bottom"] * lam_t
-    found["lam_plus"] = found["lam_star"] / lam_t if lam_t else math.nan
+    found["lam_plus"] = ratio(found["lam_star"], lam_t)
     for lam in [0.0, *LAMS]:
-        root = (sums[f"square u{lam:g}"][kept].sum(0) / n).sqrt() + 1e-8  # Adam's ε
+        root = means[f"u²{lam:g}"].mean(0).sqrt() + 1e-8  # Adam's ε
         gain = (across("g", f"u{lam:g}") / root).sum().item()
         found.setdefault("gain", gain)  # of λ = 0
-        found[f"adam/{lam:g}"] = 100 * (gain / found["gain"] - 1)
+        found[f"adam/{lam:g}"] = 100 * ratio(gain, found["gain"]) - 100
     return found
 
 
@@ -640,11 +647,6 @@ REPRODUCED = {  # the others are compared with the first; onestep is run on the 
     "policy-0.5": dict(regime="policy", lam=0.5),
 }
 DRAWN = list(REPRODUCED)[:4]
-COLUMNS = {  # of the table of terms, beside the terms: onestep's key, its name, digits
-    "rl": ("RL alone", 0), "lam_star": ("λ*, noise counted", 2), "lam_star8": ("λ*, 8 ×", 2),
-    "lam_t": ("λ_t", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine", 2), "L_eta": ("Lη", 3),
-    "noise_g": ("noise in ‖ĝ‖², %", 0), "noise_m": ("in ‖m̂‖², %", 0),
-}  # fmt: skip
 
 
 def cores():
@@ -702,12 +704,12 @@ def reproduce_one(args, label, seed, threads):
         last_line = (done.stderr.strip().splitlines() or ["killed"])[-1]
         return f"{folder}: {last_line}" if done.returncode else ""
 
-    failed = failure(*train) if train else ""
-    for path in sorted(folder.glob("ckpt*.pt")) if label in DRAWN else []:
-        if not failed and not (folder / f"onestep-{path.stem}.json").exists():
+    failed = [failure(*train)] if train else []
+    for path in sorted(folder.glob("ckpt*.pt")) if label in DRAWN and not any(failed) else []:
+        if not (folder / f"onestep-{path.stem}.json").exists():
             flags = f"--checkpoint={path.stem}", f"--rollouts={args.rollouts}"
-            failed = failure("eval.py", "onestep", str(folder), *flags)
-    return failed
+            failed.append(failure("eval.py", "onestep", str(folder), *flags))
+    return "; ".join(filter(None, failed))
 
 
 def finished_runs(out):
@@ -729,6 +731,8 @@ def finished_runs(out):
             one_step = path.with_name(f"onestep-{at}.json")
             if one_step.exists():
                 numbers = json.loads(one_step.read_text(encoding="utf-8"))
+                if not numbers.keys() >= set(DENOMINATORS.values()):
+                    raise ValueError(f"{one_step}: of an older version; delete it")
                 record |= {f"onestep/{key}": mean for key, (mean, _) in numbers.items()}
             if record.get("occ/g2") and record["occ/v2"]:
                 record["occ/v2_g2"] = math.log2(record["occ/v2"] / record["occ/g2"])
@@ -747,7 +751,9 @@ def draw(out):
     with rc_context({"font.size": 14}):  # a page shows it small
         figure, axes = panels_of(3)
         draw_gaps(axes[0], runs)
-        draw_terms(axes[1], [(label, seeds, None) for label, seeds in pair])
+        parts = ("base", 0), ("later", None)
+        groups = [(f"{label}\n{name}", seeds, at) for label, seeds in pair for name, at in parts]
+        draw_terms(axes[1], groups)
         axes[1].set(title="What MTP adds to a step at λ = 1")
         draw_coefficients(axes[2], runs)
         save(figure, out / "overview.png")
@@ -802,7 +808,7 @@ def draw_terms(axis, groups):
             axis.bar(x, mean, 0.18, label=TERMS[term])
     axis.set_xticks(range(len(groups)), [str(name) for name, *_ in groups])
     for i in np.flatnonzero(np.isnan(mean)):
-        axis.text(i, 0, "g² may be 0", rotation=90, ha="center", va="bottom")
+        axis.text(i, 0, "not measured, or g² may be 0", rotation=90, ha="center", va="bottom")
     axis.set(ylabel="% of η g²")
     percent_axis(axis)
     axis.legend(fontsize="small")
@@ -827,7 +833,10 @@ def draw_states(axis, seeds, key, name):
 
 def draw_coefficients(axis, runs):
     """λ_t of occ, the minibatch's own c/v², and λ* with noise counted."""
-    seeds, names = runs.get("occ", {}), {"λ_t": "occ/lam", "c/v² of the minibatch": "occ/lam_exact"}
+    seeds, names = (
+        runs.get("occ", {}),
+        {"λ_t": "occ/lam", "λ₊ c/v² of the minibatch": "occ/lam_exact"},
+    )
     lines = {name: curves(seeds, key) for name, key in names.items()}
     draw_lines(axis, lines, dict(title="occ: coefficients", ylabel="λ"))
     draw_states(axis, seeds, "lam_star", "λ*, noise counted")
@@ -838,8 +847,10 @@ def minus(a, b):
     return {key: a[key] - b[key] for key in a if key in b}
 
 
-def over(seeds, key, first=0.0, last=1.0, step=None):
+def over(seeds, key, first=0.01, last=1.0, step=None):
     """{seed: (Σ weight · value, Σ weight)} of what was logged under a key between two shares of training, or at a step.
+
+    As it stands step 0 is left out: there nothing has been trained yet, and Adam, without moments, steps farther.
 
     A number of `onestep` that is a quotient has its denominator as weight, so that Σ/Σ is the quotient of the means: a
     state with a denominator near 0 counts for nothing, and none is left out. All other weights are 1.
@@ -884,7 +895,9 @@ def tables(runs):
     for label, seeds in runs.items():
         row = [cell(pooled(over(seeds, key, *part))) for part in ((0, 0), end)]
         row += ["–" if label == "detach" else cell(pooled(over(seeds, key, *end), base))]
-        row += [cell(pooled(over(seeds, "occ/lam", *part)), 3) for part in ((0, 1 / 3), (2 / 3, 1))]
+        row += [
+            cell(pooled(over(seeds, "occ/lam", *part)), 3) for part in ((0.01, 1 / 3), (2 / 3, 1))
+        ]
         rows.append([label, len(seeds), *row])
     head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
     found = {"scores": markdown(head, rows)}
@@ -893,10 +906,11 @@ def tables(runs):
     rows = []
     for label, seeds in runs.items():
         states = {step: step for step in measured(seeds)}
-        for name, step in (states | {"all": None} if states else {}).items():
-            at = {key: pooled(over(seeds, f"onestep/{key}", step=step)) for key in numbers}
-            rows.append([label, name, *(cell(at[key], n) for key, (_, n) in numbers.items())])
-    head = ["run", "step", *(name for name, _ in numbers.values())]
+        for name, step in (states | {"later than 0": None} if states else {}).items():
+            at = {key: over(seeds, f"onestep/{key}", step=step) for key in ["g2", *numbers]}
+            shown = [cell(pooled(at[key]), digits) for key, (_, digits) in numbers.items()]
+            rows.append([label, name, len(at["g2"]), *shown])
+    head = ["run", "step", "n", *(name for name, _ in numbers.values())]
     found["terms"] = markdown(head, rows)
 
     head = ["claim", "quantity", "95 % interval", "n", "claimed", "verdict"]
@@ -907,13 +921,13 @@ def claims(runs):
     """A row per claim: its quantity, interval over seeds, n, where it should lie, verdict.
 
     "reproduced" if the interval lies where the claim says, "not" if it lies elsewhere, else "undecided". H5, seconds of
-    a step, needs an idle machine: tests/bench.py. % is of η g², at λ = 1, see `onestep`.
+    a step, needs an idle machine: tests/bench.py. % is of η g², at λ = 1, see `onestep`, from states later than step 0.
     """
-    start, early, middle, late = (0, 0), (0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
+    start, early, middle, late = (0, 0), (0.01, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
     rows, end = [], (0.8, 1)
     first, penalty, score, ratio = "onestep/first/1", "onestep/penalty/1", "eval/score", "occ/v2_g2"
 
-    def part(label, key, shares=(0, 1)):
+    def part(label, key, shares=(0.01, 1)):
         return over(runs.get(label, {}), key, *shares)
 
     def claim(name, quantity, sides, above=-math.inf, below=math.inf):

@@ -179,16 +179,25 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     assert len(list(out.glob("base/*.pt"))) == 1  # for both
     assert [record["step"] for record in occ if "onestep/g2" in record] == [0, SMALL["steps"]]
     texts = {path: path.read_bytes() for path in out.glob("*/metrics.jsonl")}
-    times = {path: path.stat().st_mtime_ns for path in out.glob("*/onestep*.json")}
+    times = {path: path.stat().st_mtime_ns for path in out.glob("occ-s3/onestep*.json")}
     (out / "occ-s3" / "ckpt.pt").write_bytes(b"damaged")
+    (out / "detach-s3" / "ckpt-0.pt").write_bytes(b"damaged")
+    for path in out.glob("detach-s3/onestep*.json"):
+        path.unlink()
     (out / "scores.md").unlink()
     assert evaluation.main(evaluation.parse(command)) == 1
     captured = capsys.readouterr()
-    assert "1 of 2 runs in " in captured.out and captured.err.count("failed: ") == 1
-    assert "occ-s3/ckpt.pt: not a readable checkpoint" in captured.err
+    assert "0 of 2 runs in " in captured.out and captured.err.count("failed: ") == 2
+    for path in ("occ-s3/ckpt.pt", "detach-s3/ckpt-0.pt"):
+        assert f"{path}: not a readable checkpoint" in captured.err
+    again = out / "detach-s3" / "onestep-ckpt.json"
+    assert again.exists()  # one checkpoint that fails keeps no other from being measured
     assert "| detach | 1 | " in (out / "scores.md").read_text(encoding="utf-8")
     assert texts == {path: path.read_bytes() for path in texts}  # nothing is repeated
     assert times == {path: path.stat().st_mtime_ns for path in times}
     wrong = evaluation.parse([*command, "--lr=0"])
     assert "another command" in evaluation.reproduce_one(wrong, "detach", 3, 1)
     assert "error: --lr 0.0: must be above 0" in evaluation.reproduce_one(wrong, "ce", 3, 1)
+    again.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"onestep-ckpt.json: of an older version; delete it"):
+        evaluation.finished_runs(out)

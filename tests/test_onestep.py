@@ -25,23 +25,16 @@ def draw(n, shared, noise=1.0, mean_g=G, mean_m=M):
     return mean_g + a, mean_m + shared * a + (1 - shared**2) ** 0.5 * b
 
 
-def sums_of(g, m, H=H):
-    """What `eval.measure` is to make of minibatches of a quadratic and steps of length ETA."""
+def means_of(g, m, H=H):
+    """What `eval.part_means` makes of minibatches of a quadratic and steps of length ETA."""
     length = (ETA * g.square().sum(1).mean().sqrt()).expand(len(g))
     rows = {"g": g, "m": m, "Hg": g @ H, "Hm": m @ H, "length": length}
     rows |= {"lam_t": torch.full((len(g),), 0.5), "L_eta": torch.zeros(len(g))}
-    for a, b in ("gg", "mm", ("g", "Hg"), ("g", "Hm"), ("m", "Hg"), ("m", "Hm")):
-        rows[a + b] = (rows[a] * rows[b]).sum(1)
-    for lam in {0.0, *evaluation.LAMS}:
-        u = g + lam * m
-        rows[f"u{lam:g}"] = u = u / u.norm(dim=1, keepdim=True).clamp(min=1)
-        rows[f"square u{lam:g}"] = u**2
-    sums = {name: x.unflatten(0, (PARTS, -1)).sum(1) for name, x in rows.items()}
-    return sums | {"size": len(g) // PARTS}
+    return evaluation.part_means({name: x.unflatten(0, (PARTS, -1)) for name, x in rows.items()})
 
 
 def numbers(*of):
-    return evaluation.one_step(sums_of(*of), list(range(PARTS)))
+    return evaluation.one_step(means_of(*of), list(range(PARTS)))
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.8, -0.8])
@@ -73,15 +66,15 @@ def test_without_noise_it_is_the_decomposition_of_the_paper():
 
 def test_intervals_hold_the_truth_and_products_share_no_noise(monkeypatch):
     """In 95 % of 400 sets; and noise alone gains nothing, though g and m have it in common."""
-    monkeypatch.setattr(evaluation, "LAMS", [1.0])
+    monkeypatch.setattr(evaluation, "LAMS", [0.0, 1.0])
     c, g2, ghm, mhm = G @ M, G @ G, G @ H @ M + H.trace() / 8, M @ H @ M + H.trace() / 4
     truth = {"first/1": 100 * c / g2, "sum/1": 100 * (c - ETA * ghm - ETA / 2 * mhm) / g2}
     truth["lam_star"] = (c - ETA * ghm) / (ETA * mhm)
     kept = [[i for i in range(PARTS) if i != part] for part in range(PARTS + 1)]  # the last: all
     held, free, own = dict.fromkeys(truth, 0), [], []
     for _ in range(400):
-        sums = sums_of(*draw(24, 0.5, 0.5))
-        *parts, whole = (evaluation.one_step(sums, some) for some in kept)
+        means = means_of(*draw(24, 0.5, 0.5))
+        *parts, whole = (evaluation.one_step(means, some) for some in kept)
         for key in truth:
             mean, half = evaluation.jackknife(whole[key], [part[key] for part in parts])
             held[key] += int(abs(mean - truth[key]) < half)
@@ -133,21 +126,25 @@ def test_minibatches_stand_at_one_point_and_curvature_needs_fresh_samples(monkey
     monkeypatch.setattr(rl, "logprobs", lambda model, *_: (flat(model.parameters()), 0))
     monkeypatch.setattr(rl, "trunk_loss", lambda x, i, _: b[i] @ x + x @ hessians[i] @ x / 2)
     cfg = dict(prompts_per_step=9, updates_per_rollout=4, tokenizer="bytes", algo="dapo")
-    sums = evaluation.measure(SimpleNamespace(**cfg), (model, None, None), n)
-    expected, own = sums_of(g, m), torch.einsum("np,npq,nq->n", g, hessians, g)
-    for name in ("g", "m", "mm", "u1", "square u1"):
-        torch.testing.assert_close(sums[name], expected[name])
+    rows = evaluation.measure(SimpleNamespace(**cfg), (model, None, None), n)
+    assert rows["g"].shape == (PARTS, n // PARTS, P)
+    rows = {name: x.flatten(0, 1) for name, x in rows.items()}
+    torch.testing.assert_close((rows["g"], rows["m"]), (g, m))
     # The Hessian is that of the next minibatch of the part, of the last one that of the first.
-    others = torch.arange(n).view(PARTS, -1).roll(-1, 1).flatten()
-    fresh = torch.einsum("np,npq,nq->n", g, hessians[others], g)
-    assert sums["gHg"].sum() == pytest.approx(fresh.sum())
+    others = hessians[torch.arange(n).view(PARTS, -1).roll(-1, 1).flatten()]
+    for name, v in (("Hg", g), ("Hm", m)):
+        torch.testing.assert_close(rows[name], torch.einsum("npq,nq->np", others, v))
+    own = torch.einsum("np,npq,nq->n", g, hessians, g)
+    fresh = (g * rows["Hg"]).sum(1)
     assert abs(fresh.sum() - (g @ H * g).sum()) < 4 * n**0.5 * own.std() < (own - fresh).sum() / 2
-    second = (b + hessians @ (start - first))[: 2 * PARTS]  # the updates that give η, λ_t and Lη
-    assert sums["length"].sum() / n == pytest.approx(0.1 * second.norm(dim=1).mean())
-    lam = (second * m[: 2 * PARTS]).sum(1) / m[: 2 * PARTS].square().sum(1)
-    assert sums["lam_t"].sum() / n == pytest.approx(lam.mean())
-    along = torch.einsum("np,npq,nq->n", second, hessians[: 2 * PARTS].roll(-1, 0), second)
-    assert sums["L_eta"].sum() / n == pytest.approx(0.1 * (along / second.square().sum(1)).mean())
+    some = slice(2 * PARTS)  # the second updates that are measured: they give η, λ_t and Lη
+    second = (b + hessians @ (start - first))[some]
+    torch.testing.assert_close(rows["length"], 0.1 * second.norm(dim=1))
+    lam = (second * m[some]).sum(1) / m[some].square().sum(1)
+    torch.testing.assert_close(rows["lam_t"], lam)
+    neighbours = hessians[some].view(PARTS, 2, P, P).flip(1).flatten(0, 1)
+    along = torch.einsum("np,npq,nq->n", second, neighbours, second)
+    torch.testing.assert_close(rows["L_eta"], 0.1 * along / second.square().sum(1))
 
 
 @pytest.mark.parametrize("algo", ["grpo", "drgrpo", "gspo"])
@@ -166,7 +163,7 @@ def test_onestep_of_a_run(algo, trained, monkeypatch):
     weights = path.read_bytes()
     with pytest.raises(ValueError, match="nowhere: cannot be used here"):
         evaluation.main(evaluation.parse([*command, "--device=nowhere"]))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="8: 0 first and 0 second"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="8: 8 first and 0 second"):
         patch.setattr(rl, "is_right", lambda *x: False)
         evaluation.main(evaluation.parse([*command, "--rollouts=8"]))
     evaluation.main(evaluation.parse([*command, "--rollouts=16", "--device=cpu"]))
