@@ -447,7 +447,7 @@ LAMS = [-0.5, -0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0]
 PARTS = 12  # of the minibatches: the jackknife leaves out one at a time
 TERMS = {  # prefix: name. A number of onestep is keyed by prefix and λ, as sum/0.5
     "first": "first order", "shared": "shared noise", "penalty": "penalty", "sum": "sum",
-    "sum8": "sum, 8 × the minibatch, same η", "adam": "Adam's step",
+    "sum8": "sum, 8 × batch, same η", "adam": "Adam's step",
 }  # fmt: skip
 COLUMNS = {  # of the tables, beside the terms: key, name, digits
     "rl": ("RL alone", 0), "lam_star": ("λ*, noise counted", 2), "lam_star8": ("λ*, 8 ×, same η", 2),
@@ -647,6 +647,7 @@ REPRODUCED = {  # the others are compared with the first; onestep is run on the 
     "policy-0.5": dict(regime="policy", lam=0.5),
 }
 DRAWN = list(REPRODUCED)[:4]
+AFTER_0 = 1e-6  # a share of training that leaves out step 0 alone
 
 
 def cores():
@@ -847,10 +848,10 @@ def minus(a, b):
     return {key: a[key] - b[key] for key in a if key in b}
 
 
-def over(seeds, key, first=0.01, last=1.0, step=None):
+def over(seeds, key, first=AFTER_0, last=1.0, step=None):
     """{seed: (Σ weight · value, Σ weight)} of what was logged under a key between two shares of training, or at a step.
 
-    As it stands step 0 is left out: there nothing has been trained yet, and Adam, without moments, steps farther.
+    By default step 0 is left out: there nothing has been trained yet, and Adam, without moments, steps farther.
 
     A number of `onestep` that is a quotient has its denominator as weight, so that Σ/Σ is the quotient of the means: a
     state with a denominator near 0 counts for nothing, and none is left out. All other weights are 1.
@@ -895,9 +896,8 @@ def tables(runs):
     for label, seeds in runs.items():
         row = [cell(pooled(over(seeds, key, *part))) for part in ((0, 0), end)]
         row += ["–" if label == "detach" else cell(pooled(over(seeds, key, *end), base))]
-        row += [
-            cell(pooled(over(seeds, "occ/lam", *part)), 3) for part in ((0.01, 1 / 3), (2 / 3, 1))
-        ]
+        for part in ((AFTER_0, 1 / 3), (2 / 3, 1)):
+            row.append(cell(pooled(over(seeds, "occ/lam", *part)), 3))
         rows.append([label, len(seeds), *row])
     head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
     found = {"scores": markdown(head, rows)}
@@ -923,11 +923,11 @@ def claims(runs):
     "reproduced" if the interval lies where the claim says, "not" if it lies elsewhere, else "undecided". H5, seconds of
     a step, needs an idle machine: tests/bench.py. % is of η g², at λ = 1, see `onestep`, from states later than step 0.
     """
-    start, early, middle, late = (0, 0), (0.01, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
+    start, early, middle, late = (0, 0), (AFTER_0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
     rows, end = [], (0.8, 1)
     first, penalty, score, ratio = "onestep/first/1", "onestep/penalty/1", "eval/score", "occ/v2_g2"
 
-    def part(label, key, shares=(0.01, 1)):
+    def part(label, key, shares=(AFTER_0, 1)):
         return over(runs.get(label, {}), key, *shares)
 
     def claim(name, quantity, sides, above=-math.inf, below=math.inf):
