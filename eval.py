@@ -309,7 +309,7 @@ PANELS = {  # what is drawn of a run, by the key of its record
     "eval/score": dict(title="Held-out score", ylabel="avg@k, points of 100"),
     "occ/lam": dict(title="Coefficient", ylabel="λ (last update of a step)"),
     "occ/c": dict(title="First-order correlation", ylabel="c_t = ⟨g_RL, g_MTP⟩", yscale="asinh"),
-    "occ/v2": dict(title="Second-order penalty", ylabel="v_t² = ‖g_MTP‖²", yscale="asinh"),
+    "occ/v2": dict(title="Second-order penalty", ylabel="v_t² = ‖g_MTP‖²", yscale="log"),
     "mtp/agreement_1": dict(title="MTP head 1 as a drafter", ylabel="share of tokens accepted"),
 }
 NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep steps".split())
@@ -594,12 +594,12 @@ def one_step(means, kept):
                 found[f"{name}{tag}/{lam:g}"] = 100 * ratio(value, eta * g2)
     found["bottom_t"] = found["bottom"] * lam_t
     found["lam_plus"] = ratio(found["lam_star"], lam_t)
-    for lam in [0.0, *LAMS]:
+    gains = {}
+    for lam in LAMS:
         root = means[f"u²{lam:g}"].mean(0).sqrt() + 1e-8  # Adam's ε
-        gain = (across("g", f"u{lam:g}") / root).sum().item()
-        found.setdefault("gain", gain)  # of λ = 0
-        found[f"adam/{lam:g}"] = 100 * ratio(gain, found["gain"]) - 100
-    return found
+        gains[lam] = (across("g", f"u{lam:g}") / root).sum().item()
+    found["gain"] = gains[0.0]
+    return found | {f"adam/{lam:g}": 100 * ratio(gains[lam], gains[0.0]) - 100 for lam in LAMS}
 
 
 def percent_axis(axis):
