@@ -3,7 +3,7 @@
     python eval.py score out/arithmetic-occ-s0 --k 32       # avg@k and pass@k with 95 % intervals, as a table
     python eval.py sample out/arithmetic-occ-s0 "47+85="    # completions of a prompt, or of held-out problems
     python eval.py explain out/arithmetic-occ-s0            # δ_RL·δ_MTP and δ_MTP² token by token
-    python eval.py onestep out/arithmetic-occ-s0            # what MTP adds to one step, term by term, by λ
+    python eval.py onestep out/arithmetic-occ-s0            # what MTP adds to one update, term by term, by λ
     python eval.py plot out/arithmetic-*                    # reward, score, λ_t, c_t and v_t² over training
     python eval.py reproduce                                # regimes × seeds, three figures, tables, claims
 
@@ -308,8 +308,12 @@ PANELS = {  # what is drawn of a run, by the key of its record
     "reward/right": dict(title="Right answers in training", ylabel="share of all samples"),
     "eval/score": dict(title="Held-out score", ylabel="avg@k, points of 100"),
     "occ/lam": dict(title="Coefficient", ylabel="λ (last update of a step)"),
-    "occ/c": dict(title="First-order correlation", ylabel="c_t = ⟨g_RL, g_MTP⟩", yscale="asinh"),
-    "occ/v2": dict(title="Second-order penalty", ylabel="v_t² = ‖g_MTP‖²", yscale="log"),
+    "occ/c": dict(
+        title="First-order correlation, one minibatch", ylabel="c_t = ⟨g_RL, g_MTP⟩", yscale="asinh"
+    ),
+    "occ/v2": dict(
+        title="Second-order penalty, one minibatch", ylabel="v_t² = ‖g_MTP‖²", yscale="log"
+    ),
     "mtp/agreement_1": dict(title="MTP head 1 as a drafter", ylabel="share of tokens accepted"),
 }
 NOT_THE_EXPERIMENT = set("seed out cache_dir data_dir device save_every keep steps".split())
@@ -441,13 +445,13 @@ def explain(args):
     ]
 
 
-# ---- One step: what does MTP add to it, with noise counted? (occ.noisy_terms) --------------------
+# ---- One update: what does MTP add to it, with noise counted? (occ.noisy_terms) ------------------
 
 LAMS = [-0.5, -0.2, -0.1, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0]
 PARTS = 12  # of the minibatches: the jackknife leaves out one at a time
 TERMS = {  # prefix: name. A number of onestep is keyed by prefix and λ, as sum/0.5
     "first": "first order", "shared": "shared noise", "penalty": "penalty", "sum": "sum",
-    "sum8": "sum, 8 × batch, same η", "adam": "Adam's step",
+    "sum8": "sum, 8 × batch, same η", "adam": "Adam's update",
 }  # fmt: skip
 COLUMNS = {  # of the tables, beside the terms: key, name, digits
     "rl": ("RL alone", 0), "lam_star": ("λ*, noise counted", 2), "lam_star8": ("λ*, 8 ×, same η", 2),
@@ -462,14 +466,14 @@ DENOMINATORS = {  # of onestep's numbers that are quotients, by their prefix
 
 
 def onestep(args):
-    """What MTP adds to one step from a run's checkpoint, term by term and by λ, with noise counted.
+    """What MTP adds to one update from a run's checkpoint, term by term and by λ, with noise counted.
 
-    Two kinds of step. A plain step of size η against ĝ + λ m̂, at λ = 0 as long as Adam's update: its mean gain to
-    second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And a step of Adam with clip,
-    whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], u = clip(ĝ + λ m̂), as
-    % over λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the run's policy
-    loss, a surrogate, without a KL term; it is the first update of a rollout: the others start where the noise of those
-    before has moved trunk and heads; and `reinforce` has its baseline from one minibatch here.
+    Two kinds of update. A plain one against ĝ + λ m̂, of the size η that makes it as long as Adam's at λ = 0: its mean
+    gain to second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And one of Adam with
+    clip, whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], where u is
+    ĝ + λ m̂ clipped, in % over λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the
+    run's policy loss, a surrogate, without a KL term; it is the first update of a rollout: the others start where the
+    noise of those before has moved trunk and heads; and `reinforce` has its baseline from one minibatch here.
     """
     cfg, state = load_run(args, with_heads=True)
     means = part_means(measure(cfg, state, args.rollouts))
@@ -486,8 +490,8 @@ def onestep(args):
     draw_onestep(found, f"{args.run}, {args.checkpoint}", path.with_suffix(".png"))
     rows = [[lam, *(cell(found[f"{term}/{lam:g}"], 0) for term in TERMS)] for lam in LAMS]
     return [
-        f"m of {occ.REGIMES[cfg.regime].loss}. What MTP adds to a plain step, in % of η g², and to the "
-        "first-order gain of Adam's step, in % of that at λ = 0; ± 95 % (jackknife):",
+        f"m of {occ.REGIMES[cfg.regime].loss}. What MTP adds to a plain update, in % of η g², and to the "
+        "first-order gain of Adam's update, in % of that at λ = 0; ± 95 % (jackknife):",
         *markdown(["λ", *TERMS.values()], rows),
         *(f"{name}: {cell(found[key], digits)}" for key, (name, digits) in COLUMNS.items()),
         str(path.with_suffix(".png")),
@@ -628,8 +632,8 @@ def draw_onestep(found, title, path):
         if LAMS[0] <= found[key][0] <= LAMS[-1]:
             axis.axvline(found[key][0], color="gray", ls=(":", "-.")[i], label=name)
     percent_axis(axis)
-    units = "% of η g²; Adam's step: % of its gain at λ = 0"
-    axis.set(title=f"What MTP adds to one step\n{title}", xlabel="λ", ylabel=units)
+    units = "% of η g²; Adam's update: % of its gain at λ = 0"
+    axis.set(title=f"What MTP adds to one update\n{title}", xlabel="λ", ylabel=units)
     axis.legend(fontsize="small")
     save(figure, path)
 
@@ -755,7 +759,7 @@ def draw(out):
         parts = ("base", 0), ("later", None)
         groups = [(f"{label}\n{name}", seeds, at) for label, seeds in pair for name, at in parts]
         draw_terms(axes[1], groups)
-        axes[1].set(title="What MTP adds to a step at λ = 1")
+        axes[1].set(title="What MTP adds to a plain update, λ = 1")
         draw_coefficients(axes[2], runs)
         save(figure, out / "overview.png")
 
@@ -767,9 +771,9 @@ def draw(out):
     figure, axes = panels_of(6)
     for axis, (label, seeds) in zip(axes, pair):
         draw_terms(axis, [(step, seeds, step) for step in measured(seeds)])
-        axis.set(title=f"{label}: what MTP adds to a plain step at λ = 1", xlabel="step")
+        axis.set(title=f"{label}: what MTP adds to a plain update, λ = 1", xlabel="step")
         draw_states(axes[2], seeds, "adam/1", label)
-    axes[2].set(title="Adam's step at λ = 1, over λ = 0", ylabel="% of its first-order gain")
+    axes[2].set(title="Adam's update at λ = 1, over λ = 0", ylabel="% of its first-order gain")
     for axis, key in zip(axes[3:], ("occ/c", "occ/v2", "eval/score")):
         draw_lines(axis, curves_of(runs, key, ("ce", "policy")), PANELS[key])
     save(figure, out / "2-decomposition.png")
@@ -834,11 +838,9 @@ def draw_states(axis, seeds, key, name):
 
 def draw_coefficients(axis, runs):
     """λ_t of occ, the minibatch's own c/v², and λ* with noise counted."""
-    seeds, names = (
-        runs.get("occ", {}),
-        {"λ_t": "occ/lam", "λ₊ c/v² of the minibatch": "occ/lam_exact"},
-    )
-    lines = {name: curves(seeds, key) for name, key in names.items()}
+    seeds = runs.get("occ", {})
+    lines = {"λ_t": curves(seeds, "occ/lam")}
+    lines["λ₊ c/v² of the minibatch"] = curves(seeds, "occ/lam_exact")
     draw_lines(axis, lines, dict(title="occ: coefficients", ylabel="λ"))
     draw_states(axis, seeds, "lam_star", "λ*, noise counted")
 
