@@ -468,12 +468,15 @@ DENOMINATORS = {  # of onestep's numbers that are quotients, by their prefix
 def onestep(args):
     """What MTP adds to one update from a run's checkpoint, term by term and by λ, with noise counted.
 
-    Two kinds of update. A plain one against ĝ + λ m̂, of the size η that makes it as long as Adam's at λ = 0: its mean
-    gain to second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And one of Adam with
-    clip, whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], where u is
-    ĝ + λ m̂ clipped, in % over λ = 0. A "–" is a quotient whose denominator may be 0. Limits: H is the Hessian of the
-    run's policy loss, a surrogate, without a KL term; it is the first update of a rollout: the others start where the
-    noise of those before has moved trunk and heads; and `reinforce` has its baseline from one minibatch here.
+    Two kinds of update. A plain one against ĝ + λ m̂, of the size η that makes it at λ = 0 as long as the run's own: its
+    mean gain to second order, by occ.noisy_terms, for the run's own m, in % of η g² where g² = ‖E ĝ‖². And one of Adam
+    with clip, whose second moments have converged: its first-order gain D(λ) = Σ_j E[ĝ_j] E[u_j] / √E[u_j²], where u
+    is ĝ + λ m̂ clipped, in % over λ = 0. A "–" is a quotient whose denominator is not told to be above 0.
+
+    Limits. H is the Hessian of the run's policy loss, a surrogate, without a KL term; of gspo, which clips at less than
+    an update moves a ratio, it is mostly the clip's. It is the first update of a rollout: the others start where the
+    noise of those before has moved trunk and heads. D(λ) is drawn towards 0 by the noise in E[u_j²], at 60 minibatches
+    by about a point. `reinforce` has its baseline from one minibatch here.
     """
     cfg, state = load_run(args, with_heads=True)
     means = part_means(measure(cfg, state, args.rollouts))
@@ -484,14 +487,14 @@ def onestep(args):
     numbers = {key: [x if math.isfinite(x) else None for x in xs] for key, xs in found.items()}
     path.write_text(json.dumps(numbers), encoding="utf-8")  # all of them: reproduce pools seeds
     for key in found:
-        below = found.get(DENOMINATORS.get(key.split("/")[0]))
-        if below and not below[0] > below[1]:
+        mean, half = found.get(DENOMINATORS.get(key.split("/")[0]), (1.0, 0.0))
+        if not mean > half:
             found[key] = math.nan, math.nan
     draw_onestep(found, f"{args.run}, {args.checkpoint}", path.with_suffix(".png"))
     rows = [[lam, *(cell(found[f"{term}/{lam:g}"], 0) for term in TERMS)] for lam in LAMS]
     return [
-        f"m of {occ.REGIMES[cfg.regime].loss}. What MTP adds to a plain update, in % of η g², and to the "
-        "first-order gain of Adam's update, in % of that at λ = 0; ± 95 % (jackknife):",
+        f"m is the gradient of the heads' {occ.REGIMES[cfg.regime].loss} loss. What MTP adds to a plain update, in % "
+        "of η g², and to the first-order gain of Adam's update, in % of that at λ = 0; ± 95 % (jackknife):",
         *markdown(["λ", *TERMS.values()], rows),
         *(f"{name}: {cell(found[key], digits)}" for key, (name, digits) in COLUMNS.items()),
         str(path.with_suffix(".png")),
@@ -506,8 +509,9 @@ def probed(cfg, state, updates, count):
     for i in tqdm(range(count), f"rollouts, update {updates}", disable=None):
         # Loading the checkpoint again would not do: Adam's moments share its memory.
         model, heads, optimizer = copy.deepcopy(state)
-        _, _, last = rl.step(cfg, model, heads, optimizer, tok, 10**9 + i)
-        if last and (last.g.any() or last.m.any()):
+        # Steps that training never makes, others for each number of updates: so the samples are fresh.
+        _, _, last = rl.step(cfg, model, heads, optimizer, tok, updates * 10**9 + i)
+        if last:
             yield last, parameters_to_vector(model.parameters()).detach()
 
 
@@ -522,11 +526,14 @@ def measure(cfg, state, rollouts):
     """
     algo, trunk = rl.ALGOS[cfg.algo], copy.deepcopy(state[0])
     first = [last for last, _ in probed(cfg, state, 1, rollouts)]
-    second = filter(lambda pair: pair[0].g.any(), probed(cfg, state, 2, rollouts))
-    second = list(itertools.islice(second, 2 * PARTS))
-    size = len(first) // PARTS
-    if size < 2 or len(second) < 2 * PARTS:
-        few = f"{len(first)} first and {len(second)} second minibatches had a gradient"
+
+    def moved(pair):
+        return pair[0].g.any() and pair[0].deltas[1].any()
+
+    second = list(itertools.islice(filter(moved, probed(cfg, state, 2, rollouts)), 2 * PARTS))
+    size, some = len(first) // PARTS, sum(int(last.g.any()) for last in first)
+    if min(some, len(second)) < 2 * PARTS:
+        few = f"{some} first and {len(second)} second minibatches had a gradient"
         raise ValueError(f"--rollouts {rollouts}: {few}; {2 * PARTS} of each are needed")
 
     def gradient(theta, mb):
@@ -582,8 +589,8 @@ def one_step(means, kept):
     eta, lam_t = within("length") / within("gg") ** 0.5, within("lam_t")
     found = {"g2": g2, "c": c, "eta_g2": eta * g2, "lam_t": lam_t, "L_eta": within("L_eta")}
     found["rl"] = 100 - 50 * eta * ratio(within("gHg"), g2)
-    found["norms"] = (max(g2, 0) * max(v2, 0)) ** 0.5
-    found["cos"] = ratio(c, found["norms"])
+    found["norms"] = (max(g2, 1e-30) * max(v2, 1e-30)) ** 0.5
+    found["cos"] = c / found["norms"]
     found["noise_g"] = 100 - 100 * ratio(g2, within("gg"))
     found["noise_m"] = 100 - 100 * ratio(v2, within("mm"))
     for size, tag in ((1, ""), (8, "8")):  # a larger minibatch has less noise and the same means
@@ -627,10 +634,9 @@ def draw_onestep(found, title, path):
         axis.plot(LAMS, mean, style, color=f"C{i}", label=name)
         if term in ("sum", "adam"):
             axis.fill_between(LAMS, mean - half, mean + half, color=f"C{i}", alpha=0.15, lw=0)
-    marks = {"lam_star": "λ*, noise counted", "lam_t": "λ_t of the proxy"}
-    for i, (key, name) in enumerate(marks.items()):
+    for key, style in (("lam_star", ":"), ("lam_t", "-.")):
         if LAMS[0] <= found[key][0] <= LAMS[-1]:
-            axis.axvline(found[key][0], color="gray", ls=(":", "-.")[i], label=name)
+            axis.axvline(found[key][0], color="gray", ls=style, label=COLUMNS[key][0])
     percent_axis(axis)
     units = "% of η g²; Adam's update: % of its gain at λ = 0"
     axis.set(title=f"What MTP adds to one update\n{title}", xlabel="λ", ylabel=units)
@@ -651,7 +657,6 @@ REPRODUCED = {  # the others are compared with the first; onestep is run on the 
     "policy-0.5": dict(regime="policy", lam=0.5),
 }
 DRAWN = list(REPRODUCED)[:4]
-AFTER_0 = 1e-6  # a share of training that leaves out step 0 alone
 
 
 def cores():
@@ -733,12 +738,15 @@ def finished_runs(out):
             continue
         for record in records:
             at = "ckpt" if record["step"] == steps else f"ckpt-{record['step']}"
-            one_step = path.with_name(f"onestep-{at}.json")
-            if one_step.exists():
-                numbers = json.loads(one_step.read_text(encoding="utf-8"))
-                if not numbers.keys() >= set(DENOMINATORS.values()):
-                    raise ValueError(f"{one_step}: of an older version; delete it")
-                record |= {f"onestep/{key}": mean for key, (mean, _) in numbers.items()}
+            file = path.with_name(f"onestep-{at}.json")
+            if file.exists():
+                numbers = rl.parse_json(file.read_text(encoding="utf-8", errors="replace"), file)
+                if not isinstance(numbers, dict) or not numbers.keys() >= set(
+                    DENOMINATORS.values()
+                ):
+                    raise ValueError(f"{file}: not what onestep writes today; delete it")
+                for key, (mean, half) in numbers.items():
+                    record |= {f"onestep/{key}": mean, f"onestep/{key} ±": half}
             if record.get("occ/g2") and record["occ/v2"]:
                 record["occ/v2_g2"] = math.log2(record["occ/v2"] / record["occ/g2"])
         runs.setdefault(label, {})[header["seed"]] = records
@@ -756,8 +764,8 @@ def draw(out):
     with rc_context({"font.size": 14}):  # a page shows it small
         figure, axes = panels_of(3)
         draw_gaps(axes[0], runs)
-        parts = ("base", 0), ("later", None)
-        groups = [(f"{label}\n{name}", seeds, at) for label, seeds in pair for name, at in parts]
+        when = ("base", 0), ("later", None)
+        groups = [(f"{label}\n{name}", seeds, at) for label, seeds in pair for name, at in when]
         draw_terms(axes[1], groups)
         axes[1].set(title="What MTP adds to a plain update, λ = 1")
         draw_coefficients(axes[2], runs)
@@ -850,8 +858,12 @@ def minus(a, b):
     return {key: a[key] - b[key] for key in a if key in b}
 
 
+AFTER_0 = 1e-6  # a share of training: what begins here leaves out step 0 alone
+
+
 def over(seeds, key, first=AFTER_0, last=1.0, step=None):
-    """{seed: (Σ weight · value, Σ weight)} of what was logged under a key between two shares of training, or at a step.
+    """{seed: (Σ weight · value, Σ weight, its half-width)} of what was logged under a key at a step, or between two
+    shares of training.
 
     By default step 0 is left out: there nothing has been trained yet, and Adam, without moments, steps farther.
 
@@ -860,14 +872,18 @@ def over(seeds, key, first=AFTER_0, last=1.0, step=None):
     """
     found, weight = {}, DENOMINATORS.get(key.split("/")[1])
     for seed, records in seeds.items():
-        pairs = []
+        rows = []
         for record in records:
             share = record["step"] / records[-1]["step"]
-            if record["step"] == step or (step is None and first <= share <= last):
-                w = record.get(f"onestep/{weight}") if weight else 1.0
-                pairs += [] if record.get(key) is None else [(w * record[key], w)]
-        if pairs:
-            found[seed] = tuple(map(sum, zip(*pairs)))
+            at = record["step"] == step or (step is None and first <= share <= last)
+            if at and record.get(key) is not None:
+                w, half = 1.0, 0.0
+                if weight:
+                    w, half = record[f"onestep/{weight}"], record[f"onestep/{weight} ±"]
+                rows.append((w * record[key], w, half**2))
+        if rows:
+            values, weights, squares = map(sum, zip(*rows))
+            found[seed] = values, weights, squares**0.5
     return found
 
 
@@ -875,7 +891,7 @@ def pooled(*sides):
     """(Σ/Σ of `over`, half-width of its 95 % interval), or of two sides the first less the second, seed by seed.
 
     The jackknife leaves out one seed with all that belongs to it; for a mean it gives Student's interval. nan where a
-    denominator may be 0.
+    denominator is not told to be above 0, over seeds or, of one seed, by its own interval.
     """
     common = [seed for seed in sides[0] if all(seed in side for side in sides)]
 
@@ -884,7 +900,9 @@ def pooled(*sides):
         return means[0] - sum(means[1:])
 
     below = [interval([side[seed][1] for seed in common]) for side in sides]
-    if not common or any(mean <= 0 or mean <= half for mean, half in below):
+    if len(common) == 1:
+        below = [side[common[0]][1:] for side in sides]
+    if not common or not all(mean > half for mean, half in below):
         return math.nan, math.nan
     if len(common) == 1:
         return value(common), math.nan
@@ -896,10 +914,10 @@ def tables(runs):
     rows, key, end = [], "eval/score", (0.8, 1)
     base = over(runs.get("detach", {}), key, *end)
     for label, seeds in runs.items():
-        row = [cell(pooled(over(seeds, key, *part))) for part in ((0, 0), end)]
+        row = [cell(pooled(over(seeds, key, *shares))) for shares in ((0, 0), end)]
         row += ["–" if label == "detach" else cell(pooled(over(seeds, key, *end), base))]
-        for part in ((AFTER_0, 1 / 3), (2 / 3, 1)):
-            row.append(cell(pooled(over(seeds, "occ/lam", *part)), 3))
+        for shares in ((AFTER_0, 1 / 3), (2 / 3, 1)):
+            row.append(cell(pooled(over(seeds, "occ/lam", *shares)), 3))
         rows.append([label, len(seeds), *row])
     head = ["regime", "n", "before RL", "last fifth", "minus detach", "λ early", "late"]
     found = {"scores": markdown(head, rows)}
@@ -908,10 +926,10 @@ def tables(runs):
     rows = []
     for label, seeds in runs.items():
         states = {step: step for step in measured(seeds)}
-        for name, step in (states | {"later than 0": None} if states else {}).items():
-            at = {key: over(seeds, f"onestep/{key}", step=step) for key in ["g2", *numbers]}
+        for name, step in (states | {"later than 0": None} if any(states) else states).items():
+            at = {key: over(seeds, f"onestep/{key}", step=step) for key in numbers}
             shown = [cell(pooled(at[key]), digits) for key, (_, digits) in numbers.items()]
-            rows.append([label, name, len(at["g2"]), *shown])
+            rows.append([label, name, len(at["lam_t"]), *shown])
     head = ["run", "step", "n", *(name for name, _ in numbers.values())]
     found["terms"] = markdown(head, rows)
 
@@ -927,9 +945,9 @@ def claims(runs):
     """
     start, early, middle, late = (0, 0), (AFTER_0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)
     rows, end = [], (0.8, 1)
-    first, penalty, score, ratio = "onestep/first/1", "onestep/penalty/1", "eval/score", "occ/v2_g2"
+    first, penalty, score = "onestep/first/1", "onestep/penalty/1", "eval/score"
 
-    def part(label, key, shares=(AFTER_0, 1)):
+    def side(label, key, shares=(AFTER_0, 1)):
         return over(runs.get(label, {}), key, *shares)
 
     def claim(name, quantity, sides, above=-math.inf, below=math.inf):
@@ -943,17 +961,17 @@ def claims(runs):
         rows.append([name, quantity, shown, n, f"{above:g} to {below:g}", verdict])
 
     def gap(label, other):
-        return part(label, score, end), part(other, score, end)
+        return side(label, score, end), side(other, score, end)
 
     def change(label, key, a, b):
-        return part(label, key, a), part(label, key, b)
+        return side(label, key, a), side(label, key, b)
 
-    claim("H1", "ce: first order, %", [part("ce", first)], -15, 15)
-    claim("H1", "ce: penalty, %", [part("ce", penalty)], below=0)
+    claim("H1", "ce: first order, %", [side("ce", first)], -15, 15)
+    claim("H1", "ce: penalty, %", [side("ce", penalty)], below=0)
     claim("H1", "ce − detach, points", gap("ce", "detach"), below=0)
-    decay, growth = change("policy", first, early, late), change("policy", ratio, late, early)
+    decay, growth = change("policy", first, early, late), change("policy", "occ/v2_g2", late, early)
     rise, fall = change("policy", score, middle, start), change("policy", score, middle, late)
-    claim("H2", "policy: first order, %", [part("policy", first)], 0)
+    claim("H2", "policy: first order, %", [side("policy", first)], 0)
     claim("H2", "policy: first order, early − late, %", decay, 0)
     claim("H2", "policy: log2 ‖m̂‖²/‖ĝ‖², late − early", growth, -1)
     claim("H2", "policy: score, middle third − start", rise, 0)

@@ -117,7 +117,7 @@ def claims_of(**scores):
     for label, step in itertools.product(scores, range(1, 10)):
         for seed, score in enumerate(scores[label]):
             record = {"step": step, "eval/score": score, "onestep/first/1": 5.0 + 0.01 * seed}
-            record["onestep/eta_g2"] = 1.0
+            record |= {"onestep/eta_g2": 1.0, "onestep/eta_g2 ±": 0.5}
             runs[label][seed].append(record | {"occ/lam": 1 / step})
     return {row[1]: row[2:] for row in evaluation.claims(runs)}
 
@@ -147,7 +147,8 @@ def test_seeds_are_pooled_by_their_denominators():
     numbers = {seed: (0.5 + seed / 8, 2.0 + seed) for seed in range(4)} | {9: (-4.0, 1e-9)}
     seeds = {}
     for seed, (value, weight) in numbers.items():
-        seeds[seed] = [{"step": 1, "onestep/first/1": value, "onestep/eta_g2": weight}]
+        record = {"step": 1, "onestep/first/1": value, "onestep/eta_g2": weight}
+        seeds[seed] = [record | {"onestep/eta_g2 ±": 1.0}]
     mean, half = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
     values, weights = zip(*numbers.values())
     assert mean == pytest.approx(sum(v * w for v, w in numbers.values()) / sum(weights))
@@ -158,9 +159,9 @@ def test_seeds_are_pooled_by_their_denominators():
     assert all(map(math.isnan, found))
     seeds[0].append({"step": 2, "onestep/first/1": 4.0, "onestep/eta_g2": 1.0})
     assert evaluation.measured(seeds) == [1, 2]  # a state that one seed has is not hidden by others
-    plain = {seed: (value, 1.0) for seed, value in enumerate(values)}
+    plain = {seed: (value, 1.0, 0.0) for seed, value in enumerate(values)}
     assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(values))
-    assert evaluation.pooled(plain, {1: (1.0, 2.0)})[0] == values[1] - 0.5
+    assert evaluation.pooled(plain, {1: (1.0, 2.0, 0.0)})[0] == values[1] - 0.5
 
 
 def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, monkeypatch):
@@ -199,5 +200,5 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     assert "another command" in evaluation.reproduce_one(wrong, "detach", 3, 1)
     assert "error: --lr 0.0: must be above 0" in evaluation.reproduce_one(wrong, "ce", 3, 1)
     again.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"onestep-ckpt.json: of an older version; delete it"):
+    with pytest.raises(ValueError, match=r"onestep-ckpt.json: not what onestep writes today"):
         evaluation.finished_runs(out)

@@ -114,7 +114,8 @@ def test_minibatches_stand_at_one_point_and_curvature_needs_fresh_samples(monkey
 
     def step(cfg, model, heads, optimizer, tok, number):
         """A rollout of one or two updates, of which the last is seen."""
-        i, updates = number - 10**9, cfg.updates_per_rollout
+        updates = cfg.updates_per_rollout
+        i = number - updates * 10**9  # other samples for each number of updates
         assert cfg.prompts_per_step == 2 * updates  # of training's size
         assert flat(model.parameters()).equal(start)  # each from the checkpoint
         theta = start - (updates - 1) * first
@@ -163,7 +164,7 @@ def test_onestep_of_a_run(algo, trained, monkeypatch):
     weights = path.read_bytes()
     with pytest.raises(ValueError, match="nowhere: cannot be used here"):
         evaluation.main(evaluation.parse([*command, "--device=nowhere"]))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="8: 8 first and 0 second"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="8: 0 first and 0 second"):
         patch.setattr(rl, "is_right", lambda *x: False)
         evaluation.main(evaluation.parse([*command, "--rollouts=8"]))
     evaluation.main(evaluation.parse([*command, "--rollouts=16", "--device=cpu"]))
