@@ -111,15 +111,25 @@ def test_formulas_are_for_math_verify(trained, capsys, monkeypatch, tmp_path):
         assert any("1 answers are no numbers" in line for line in lines) == (module is None)
 
 
+def runs_of(**scores):
+    """{regime: scores of the seeds} as runs, whose first-order term falls; step 0 is another world."""
+    runs, weight = {}, {"onestep/eta_g2": 1.0, "onestep/eta_g2 ±": 0.5}
+    for label, step in itertools.product(scores, range(10)):
+        for seed, score in enumerate(scores[label]):
+            record = weight | {
+                "step": step,
+                "eval/score": score + step,
+                "occ/lam": 1 / max(step, 1),
+            }
+            first = 5.5 + 0.01 * seed - 0.1 * step if step else 900.0
+            records = runs.setdefault(label, {}).setdefault(seed, [])
+            records.append(record | {"onestep/first/1": first, "onestep/lam_t": 0.5})
+    return runs
+
+
 def claims_of(**scores):
     """Those of {regime: scores of the seeds}, by their quantity."""
-    runs = {label: {seed: [{"step": 0}] for seed in range(len(scores[label]))} for label in scores}
-    for label, step in itertools.product(scores, range(1, 10)):
-        for seed, score in enumerate(scores[label]):
-            record = {"step": step, "eval/score": score, "onestep/first/1": 5.0 + 0.01 * seed}
-            record |= {"onestep/eta_g2": 1.0, "onestep/eta_g2 ±": 0.5}
-            runs[label][seed].append(record | {"occ/lam": 1 / step})
-    return {row[1]: row[2:] for row in evaluation.claims(runs)}
+    return {row[1]: row[2:] for row in evaluation.claims(runs_of(**scores))}
 
 
 def test_claims_are_paired_by_seed():
@@ -130,8 +140,17 @@ def test_claims_are_paired_by_seed():
     assert rows["ce: first order, %"] == ["5.010 ± 0.025", 3, "-15 to 15", "reproduced"]
     assert rows["occ: λ_t, first third − last"][-1] == "reproduced"
     assert rows["occ − policy, points"] == ["–", 0, "0 to inf", "undecided"]
+    decay = claims_of(policy=[0, 50, 100])["policy: first order, early − late, %"]
+    assert decay == ["0.550 ± 0.000", 3, "0 to inf", "reproduced"]
     rows = claims_of(detach=[0, 50, 100], occ=[-1, 49, 99, 5000])  # the last has no partner
     assert rows["occ − detach, points"] == ["-1.000 ± 0.000", 3, "0 to inf", "not"]
+
+
+def test_tables_keep_step_0_apart():
+    found = evaluation.tables(runs_of(detach=[0, 50, 100], ce=[-1, 49, 99]))
+    assert "| ce | 3 | 49.0 ± 124.1 | 57.5 ± 124.1 | -1.0 ± 0.0 |" in found["scores"][3]
+    rows = [line.split(" | ")[:4] for line in found["terms"]]
+    assert ["| ce", "0", "3", "900 ± 0"] in rows and ["| ce", "later than 0", "3", "5 ± 0"] in rows
 
 
 def test_thirds_ends_and_gaps():
@@ -154,7 +173,7 @@ def test_seeds_are_pooled_by_their_denominators():
     assert mean == pytest.approx(sum(v * w for v, w in numbers.values()) / sum(weights))
     assert 0 < half < 2 and evaluation.interval(values)[1] > 2
     for record, *_ in seeds.values():
-        record["onestep/eta_g2"] -= 3.0  # a mean that may be 0
+        record["onestep/eta_g2"] -= 2.0  # a mean above 0 that may be 0
     found = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
     assert all(map(math.isnan, found))
     seeds[0].append({"step": 2, "onestep/first/1": 4.0, "onestep/eta_g2": 1.0})
@@ -162,6 +181,9 @@ def test_seeds_are_pooled_by_their_denominators():
     plain = {seed: (value, 1.0, 0.0) for seed, value in enumerate(values)}
     assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(values))
     assert evaluation.pooled(plain, {1: (1.0, 2.0, 0.0)})[0] == values[1] - 0.5
+    for half, known in ((0.5, True), (1.5, False)):  # of one seed the denominator's own interval
+        mean, spread = evaluation.pooled({0: (4.0, 1.0, half)})
+        assert math.isnan(spread) and (mean == 4.0 if known else math.isnan(mean))
 
 
 def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, monkeypatch):

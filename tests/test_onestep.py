@@ -51,6 +51,12 @@ def test_terms_and_best_lambda_count_the_noise(shared):
     best, blind = (occ.noisy_lam_star(c, x, mhm, ETA).item() for x in (ghm, G @ H @ M))
     assert found["lam_star"] == pytest.approx(best, abs=0.01)
     assert found["lam_plus"] == pytest.approx(found["lam_star"] / 0.5)
+    above, above8 = (c - ETA * (G @ H @ M + shared * H.trace() / size) for size in (1, 8))
+    quotients = {"lam_star": above, "lam_plus": above, "lam_star8": above8, "cos": c}
+    for key, numerator in quotients.items():  # seeds are pooled by these denominators
+        product = found[key] * found[evaluation.DENOMINATORS[key]]
+        assert product == pytest.approx(numerator.item(), abs=0.02)
+    assert found["noise_m"] == pytest.approx(100 * P / (M @ M + P).item(), abs=1)
     assert found["lam_star8"] == pytest.approx(eight["lam_star"], abs=0.03)
     assert shared == 0 or abs(best - blind) > 0.3 < abs(found["lam_star8"] - best)
 
@@ -62,6 +68,8 @@ def test_without_noise_it_is_the_decomposition_of_the_paper():
         paper = 100 * occ.delta_mtp(lam, c, v2, ETA, 1.4) / (ETA * g2)
         assert found[f"sum/{lam:g}"] == pytest.approx(paper) == found[f"sum8/{lam:g}"]
     assert found["lam_star"] == pytest.approx(occ.lam_star(c, v2, ETA, 1.4)) == found["lam_star8"]
+    assert found["rl"] == pytest.approx(100 - 50 * ETA * 1.4)
+    assert found["cos"] == pytest.approx(c / (g2 * v2) ** 0.5)
 
 
 def test_intervals_hold_the_truth_and_products_share_no_noise(monkeypatch):
