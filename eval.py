@@ -458,11 +458,6 @@ COLUMNS = {  # of the tables, beside the terms: key, name, digits
     "lam_t": ("λ_t for λ₊ = 1", 3), "lam_plus": ("λ₊ for λ*", 1), "cos": ("cosine without noise", 2),
     "L_eta": ("Lη of Adam's update", 3), "noise_g": ("noise in ‖ĝ‖², %", 0), "noise_m": ("in ‖m̂‖², %", 0),
 }  # fmt: skip
-DENOMINATORS = {  # of onestep's numbers that are quotients, by their prefix
-    **dict.fromkeys(("rl", "first", "shared", "penalty", "sum", "sum8"), "eta_g2"),
-    "adam": "gain", "lam_star": "bottom", "lam_star8": "bottom8", "lam_plus": "bottom_t",
-    "cos": "norms",
-}  # fmt: skip
 
 
 def onestep(args):
@@ -480,16 +475,15 @@ def onestep(args):
     """
     cfg, state = load_run(args, with_heads=True)
     means = part_means(measure(cfg, state, args.rollouts))
-    whole = one_step(means, list(range(PARTS)))
     parts = [one_step(means, [i for i in range(PARTS) if i != part]) for part in range(PARTS)]
-    found = {key: jackknife(value, [part[key] for part in parts]) for key, value in whole.items()}
+    found, saved = {}, {}
+    for key, (top, bottom) in one_step(means, list(range(PARTS))).items():
+        _, half = jackknife(bottom, [part[key][1] for part in parts])
+        saved[key], found[key] = (top, bottom, half), (math.nan, math.nan)
+        if bottom > half:
+            found[key] = jackknife(top / bottom, [ratio(*part[key]) for part in parts])
     path = Path(args.run) / f"onestep-{args.checkpoint}.json"
-    numbers = {key: [x if math.isfinite(x) else None for x in xs] for key, xs in found.items()}
-    path.write_text(json.dumps(numbers), encoding="utf-8")  # all of them: reproduce pools seeds
-    for key in found:
-        mean, half = found.get(DENOMINATORS.get(key.split("/")[0]), (1.0, 0.0))
-        if not mean > half:
-            found[key] = math.nan, math.nan
+    path.write_text(json.dumps(saved), encoding="utf-8")  # reproduce pools seeds
     draw_onestep(found, f"{args.run}, {args.checkpoint}", path.with_suffix(".png"))
     rows = [[lam, *(cell(found[f"{term}/{lam:g}"], 0) for term in TERMS)] for lam in LAMS]
     return [
@@ -572,7 +566,7 @@ def part_means(rows):
 
 
 def one_step(means, kept):
-    """The numbers of `onestep` from some of the parts.
+    """The numbers of `onestep` from some of the parts, each as (top, bottom) of a quotient.
 
     Products across parts have no noise in common, and products within a minibatch have all of it.
     """
@@ -587,30 +581,32 @@ def one_step(means, kept):
 
     g2, c, v2 = (across(*pair).sum().item() for pair in ("gg", "gm", "mm"))
     eta, lam_t = within("length") / within("gg") ** 0.5, within("lam_t")
-    found = {"g2": g2, "c": c, "eta_g2": eta * g2, "lam_t": lam_t, "L_eta": within("L_eta")}
-    found["rl"] = 100 - 50 * eta * ratio(within("gHg"), g2)
-    found["norms"] = (max(g2, 1e-30) * max(v2, 1e-30)) ** 0.5
-    found["cos"] = c / found["norms"]
-    found["noise_g"] = 100 - 100 * ratio(g2, within("gg"))
-    found["noise_m"] = 100 - 100 * ratio(v2, within("mm"))
-    for size, tag in ((1, ""), (8, "8")):  # a larger minibatch has less noise and the same means
+    found = {
+        "rl": (100 * (eta * g2 - eta**2 / 2 * within("gHg")), eta * g2),
+        "lam_t": (lam_t, 1.0),
+        "L_eta": (within("L_eta"), 1.0),
+        "cos": (c, (max(g2, 0) * max(v2, 0)) ** 0.5),
+        "noise_g": (100 * (within("gg") - g2), within("gg")),
+        "noise_m": (100 * (within("mm") - v2), within("mm")),
+    }
+    for size, tag in ((8, "8"), (1, "")):  # a larger minibatch has less noise and the same means
         ghm = (across("g", "Hm") + across("m", "Hg")).sum().item() / 2
         mhm = across("m", "Hm").sum().item()
         ghm += ((within("gHm") + within("mHg")) / 2 - ghm) / size
         mhm += (within("mHm") - mhm) / size
-        found |= {f"bottom{tag}": eta * mhm, f"lam_star{tag}": occ.noisy_lam_star(c, ghm, mhm, eta)}
+        found[f"lam_star{tag}"] = c - eta * ghm, eta * mhm
         for lam in LAMS:
             terms = occ.noisy_terms(lam, c, ghm, mhm, eta)
             for name, value in zip(("first", "shared", "penalty", "sum"), (*terms, sum(terms))):
-                found[f"{name}{tag}/{lam:g}"] = 100 * ratio(value, eta * g2)
-    found["bottom_t"] = found["bottom"] * lam_t
-    found["lam_plus"] = ratio(found["lam_star"], lam_t)
+                found[f"{name}{tag}/{lam:g}"] = 100 * value, eta * g2
+    found["lam_plus"] = c - eta * ghm, eta * mhm * lam_t
     gains = {}
     for lam in LAMS:
         root = means[f"u²{lam:g}"].mean(0).sqrt() + 1e-8  # Adam's ε
         gains[lam] = (across("g", f"u{lam:g}") / root).sum().item()
-    found["gain"] = gains[0.0]
-    return found | {f"adam/{lam:g}": 100 * ratio(gains[lam], gains[0.0]) - 100 for lam in LAMS}
+    return found | {
+        f"adam/{lam:g}": (100 * (x - gains[0.0]), gains[0.0]) for lam, x in gains.items()
+    }
 
 
 def percent_axis(axis):
@@ -725,7 +721,7 @@ def reproduce_one(args, label, seed, threads):
 def finished_runs(out):
     """{label: {seed: records}} of the runs in folders out/<label>-s<seed> that have made their steps.
 
-    What `onestep` found at a step stands in its record, each number as onestep/<key>.
+    What `onestep` found at a step stands in its record, as onestep/<key>: (top, bottom, half-width of bottom).
     """
     runs = {}
     for label, path in itertools.product(REPRODUCED, sorted(out.glob("*/metrics.jsonl"))):
@@ -741,12 +737,9 @@ def finished_runs(out):
             file = path.with_name(f"onestep-{at}.json")
             if file.exists():
                 numbers = rl.parse_json(file.read_text(encoding="utf-8", errors="replace"), file)
-                if not isinstance(numbers, dict) or not numbers.keys() >= set(
-                    DENOMINATORS.values()
-                ):
+                if not isinstance(numbers, dict) or np.shape([*numbers.values()])[1:] != (3,):
                     raise ValueError(f"{file}: not what onestep writes today; delete it")
-                for key, (mean, half) in numbers.items():
-                    record |= {f"onestep/{key}": mean, f"onestep/{key} ±": half}
+                record |= {f"onestep/{key}": tuple(value) for key, value in numbers.items()}
             if record.get("occ/g2") and record["occ/v2"]:
                 record["occ/v2_g2"] = math.log2(record["occ/v2"] / record["occ/g2"])
         runs.setdefault(label, {})[header["seed"]] = records
@@ -829,7 +822,7 @@ def draw_terms(axis, groups):
 
 def measured(seeds):
     """The steps at which `onestep` has measured a seed."""
-    return sorted(set().union(*curves(seeds, "onestep/eta_g2").values()))
+    return sorted(set().union(*curves(seeds, "onestep/lam_t").values()))
 
 
 def draw_states(axis, seeds, key, name):
@@ -862,36 +855,32 @@ AFTER_0 = 1e-6  # a share of training: what begins here leaves out step 0 alone
 
 
 def over(seeds, key, first=AFTER_0, last=1.0, step=None):
-    """{seed: (Σ weight · value, Σ weight, its half-width)} of what was logged under a key at a step, or between two
-    shares of training.
+    """{seed: sums} of what was logged under a key at a step, or between two shares of training: of a quotient the sums
+    of its tops and bottoms and the half-width of the latter, of other numbers their sum, their count, and 0.
 
-    By default step 0 is left out: there nothing has been trained yet, and Adam, without moments, steps farther.
-
-    A number of `onestep` that is a quotient has its denominator as weight, so that Σ/Σ is the quotient of the means: a
-    state with a denominator near 0 counts for nothing, and none is left out. All other weights are 1.
+    So sum/sum is the mean, of quotients that of the means: a state whose bottom is near 0 counts for nothing, and none
+    is left out. By default step 0 is: nothing has been trained there, and Adam, without moments, steps farther.
     """
-    found, weight = {}, DENOMINATORS.get(key.split("/")[1])
+    found = {}
     for seed, records in seeds.items():
         rows = []
         for record in records:
-            share = record["step"] / records[-1]["step"]
+            share, value = record["step"] / records[-1]["step"], record.get(key)
             at = record["step"] == step or (step is None and first <= share <= last)
-            if at and record.get(key) is not None:
-                w, half = 1.0, 0.0
-                if weight:
-                    w, half = record[f"onestep/{weight}"], record[f"onestep/{weight} ±"]
-                rows.append((w * record[key], w, half**2))
+            if at and value is not None:
+                rows.append(value if isinstance(value, tuple) else (value, 1.0, 0.0))
         if rows:
-            values, weights, squares = map(sum, zip(*rows))
-            found[seed] = values, weights, squares**0.5
+            top, bottom, half = zip(*rows)
+            found[seed] = sum(top), sum(bottom), math.hypot(*half)
     return found
 
 
 def pooled(*sides):
-    """(Σ/Σ of `over`, half-width of its 95 % interval), or of two sides the first less the second, seed by seed.
+    """(Mean over seeds of what `over` returns, half-width of its 95 % interval), or of two sides the first less the
+    second, seed by seed.
 
     The jackknife leaves out one seed with all that belongs to it; for a mean it gives Student's interval. nan where a
-    denominator is not told to be above 0, over seeds or, of one seed, by its own interval.
+    bottom is not told to be above 0, over seeds or, of one seed, by its own interval.
     """
     common = [seed for seed in sides[0] if all(seed in side for side in sides)]
 

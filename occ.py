@@ -36,7 +36,6 @@ Dimension key: B sequences · K MTP depth · T positions
 Differs from the authors' code: there λ scales the advantages of the heads inside the clip, here gradients at the doors.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -129,17 +128,12 @@ def noisy_terms(lam, c, ghm, mhm, eta):
     """(first order, shared noise, penalty): what MTP adds to the mean gain of a plain (SGD) step against ĝ + λ m̂.
 
     c = <E ĝ, E m̂>, ghm = E ĝᵀHm̂ (curvature between the means, and the noise that both share), mhm = E m̂ᵀHm̂. Without
-    noise and with H = L·1 the sum is delta_mtp.
+    noise and with H = L·1 the sum is delta_mtp. If mhm > 0, it is largest at λ* = (c - η ghm) / (η mhm).
     """
     first_order = eta * lam * c
     shared_noise = -(eta**2) * lam * ghm
     penalty = -(eta**2) * lam**2 / 2 * mhm
     return first_order, shared_noise, penalty
-
-
-def noisy_lam_star(c, ghm, mhm, eta):
-    """λ* with noise counted, which maximises the sum of noisy_terms if mhm > 0; nan where mhm is 0."""
-    return (c - eta * ghm) / (eta * mhm) if mhm else math.nan
 
 
 def flat_grad(loss, params):

@@ -113,17 +113,13 @@ def test_formulas_are_for_math_verify(trained, capsys, monkeypatch, tmp_path):
 
 def runs_of(**scores):
     """{regime: scores of the seeds} as runs, whose first-order term falls; step 0 is another world."""
-    runs, weight = {}, {"onestep/eta_g2": 1.0, "onestep/eta_g2 ±": 0.5}
+    runs = {}
     for label, step in itertools.product(scores, range(10)):
         for seed, score in enumerate(scores[label]):
-            record = weight | {
-                "step": step,
-                "eval/score": score + step,
-                "occ/lam": 1 / max(step, 1),
-            }
             first = 5.5 + 0.01 * seed - 0.1 * step if step else 900.0
-            records = runs.setdefault(label, {}).setdefault(seed, [])
-            records.append(record | {"onestep/first/1": first, "onestep/lam_t": 0.5})
+            record = {"step": step, "eval/score": score + step, "occ/lam": 1 / max(step, 1)}
+            record |= {"onestep/first/1": (first, 1.0, 0.5), "onestep/lam_t": (0.5, 1.0, 0.0)}
+            runs.setdefault(label, {}).setdefault(seed, []).append(record)
     return runs
 
 
@@ -161,27 +157,24 @@ def test_thirds_ends_and_gaps():
     assert evaluation.minus({0: 5.0, 10: 7.0, 20: 9.0}, {0: 4.0, 20: 10.0}) == {0: 1.0, 20: -1.0}
 
 
-def test_seeds_are_pooled_by_their_denominators():
-    """Quotients as quotients of means: one without a denominator would otherwise outshout the rest."""
-    numbers = {seed: (0.5 + seed / 8, 2.0 + seed) for seed in range(4)} | {9: (-4.0, 1e-9)}
+def test_seeds_are_pooled_as_quotients_of_means():
+    """One without a bottom would otherwise outshout the rest."""
+    pairs = {seed: (0.5 + seed / 8, 2.0 + seed) for seed in range(4)} | {9: (-4e-9, 1e-9)}
     seeds = {}
-    for seed, (value, weight) in numbers.items():
-        record = {"step": 1, "onestep/first/1": value, "onestep/eta_g2": weight}
-        seeds[seed] = [record | {"onestep/eta_g2 ±": 1.0}]
-    mean, half = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
-    values, weights = zip(*numbers.values())
-    assert mean == pytest.approx(sum(v * w for v, w in numbers.values()) / sum(weights))
-    assert 0 < half < 2 and evaluation.interval(values)[1] > 2
-    for record, *_ in seeds.values():
-        record["onestep/eta_g2"] -= 2.0  # a mean above 0 that may be 0
-    found = evaluation.pooled(evaluation.over(seeds, "onestep/first/1"))
-    assert all(map(math.isnan, found))
-    seeds[0].append({"step": 2, "onestep/first/1": 4.0, "onestep/eta_g2": 1.0})
+    for seed, pair in pairs.items():
+        seeds[seed] = [{"step": 1, "onestep/lam_t": (*pair, 1.0)}]
+    mean, half = evaluation.pooled(evaluation.over(seeds, "onestep/lam_t"))
+    tops, bottoms = zip(*pairs.values())
+    assert mean == pytest.approx(sum(tops) / sum(bottoms)) and 0 < half < 2
+    assert evaluation.interval([top / bottom for top, bottom in pairs.values()])[1] > 2
+    less = {seed: (top, bottom - 2.0, 1.0) for seed, (top, bottom) in pairs.items()}
+    assert all(map(math.isnan, evaluation.pooled(less)))  # the mean is above 0, and may be 0
+    seeds[0].append({"step": 2, "onestep/lam_t": (4.0, 1.0, 1.0)})
     assert evaluation.measured(seeds) == [1, 2]  # a state that one seed has is not hidden by others
-    plain = {seed: (value, 1.0, 0.0) for seed, value in enumerate(values)}
-    assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(values))
-    assert evaluation.pooled(plain, {1: (1.0, 2.0, 0.0)})[0] == values[1] - 0.5
-    for half, known in ((0.5, True), (1.5, False)):  # of one seed the denominator's own interval
+    plain = {seed: (top, 1.0, 0.0) for seed, top in enumerate(tops)}
+    assert evaluation.pooled(plain) == pytest.approx(evaluation.interval(tops))
+    assert evaluation.pooled(plain, {1: (1.0, 2.0, 0.0)})[0] == tops[1] - 0.5
+    for half, known in ((0.5, True), (1.5, False)):  # of one seed the bottom's own interval
         mean, spread = evaluation.pooled({0: (4.0, 1.0, half)})
         assert math.isnan(spread) and (mean == 4.0 if known else math.isnan(mean))
 
@@ -200,7 +193,7 @@ def test_a_small_reproduction_goes_on_and_names_what_failed(tmp_path, capsys, mo
     detach, occ = (evaluation.finished_runs(out)[label][3] for label in ("detach", "occ"))
     assert detach[0]["eval/score"] == occ[0]["eval/score"]
     assert len(list(out.glob("base/*.pt"))) == 1  # for both
-    assert [record["step"] for record in occ if "onestep/g2" in record] == [0, SMALL["steps"]]
+    assert [record["step"] for record in occ if "onestep/rl" in record] == [0, SMALL["steps"]]
     texts = {path: path.read_bytes() for path in out.glob("*/metrics.jsonl")}
     times = {path: path.stat().st_mtime_ns for path in out.glob("occ-s3/onestep*.json")}
     (out / "occ-s3" / "ckpt.pt").write_bytes(b"damaged")
