@@ -586,8 +586,8 @@ def one_step(means, kept):
         "lam_t": (lam_t, 1.0),
         "L_eta": (within("L_eta"), 1.0),
         "cos": (c, (max(g2, 0) * max(v2, 0)) ** 0.5),
-        "noise_g": (100 * (within("gg") - g2), within("gg")),
-        "noise_m": (100 * (within("mm") - v2), within("mm")),
+        "noise_g": (100 - 100 * ratio(g2, within("gg")), 1.0),
+        "noise_m": (100 - 100 * ratio(v2, within("mm")), 1.0),
     }
     for size, tag in ((8, "8"), (1, "")):  # a larger minibatch has less noise and the same means
         ghm = (across("g", "Hm") + across("m", "Hg")).sum().item() / 2
@@ -814,7 +814,7 @@ def draw_terms(axis, groups):
             axis.bar(x, mean, 0.18, label=TERMS[term])
     axis.set_xticks(range(len(groups)), [str(name) for name, *_ in groups])
     for i in np.flatnonzero(np.isnan(mean)):
-        axis.text(i, 0, "not measured, or g² may be 0", rotation=90, ha="center", va="bottom")
+        axis.text(i, 0, "g² unsure", rotation=90, ha="center", va="bottom")
     axis.set(ylabel="% of η g²")
     percent_axis(axis)
     axis.legend(fontsize="small")
