@@ -815,7 +815,7 @@ def draw_terms(axis, groups):
     axis.set_xticks(range(len(groups)), [str(name) for name, *_ in groups])
     for i in np.flatnonzero(np.isnan(mean)):
         axis.text(i, 0, "g² unsure", rotation=90, ha="center", va="bottom")
-    axis.set(ylabel="% of η g²")
+    axis.set(ylabel="% of η g²", xlim=(-0.6, len(groups) - 0.4))
     percent_axis(axis)
     axis.legend(fontsize="small")
 
