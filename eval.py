@@ -312,7 +312,7 @@ PANELS = {  # what is drawn of a run, by the key of its record
         title="First-order correlation, one minibatch", ylabel="c_t = ⟨g_RL, g_MTP⟩", yscale="asinh"
     ),
     "occ/v2": dict(
-        title="Second-order penalty, one minibatch", ylabel="v_t² = ‖g_MTP‖²", yscale="log"
+        title="Second-order penalty, one minibatch", ylabel="v_t² = ‖g_MTP‖²", yscale="asinh"
     ),
     "mtp/agreement_1": dict(title="MTP head 1 as a drafter", ylabel="share of tokens accepted"),
 }
