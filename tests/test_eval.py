@@ -157,6 +157,15 @@ def test_thirds_ends_and_gaps():
     assert evaluation.minus({0: 5.0, 10: 7.0, 20: 9.0}, {0: 4.0, 20: 10.0}) == {0: 1.0, 20: -1.0}
 
 
+def test_a_run_without_heads_is_drawn(tmp_path, recwarn):
+    """Regime off logs no λ, c or v²; an axis must do without numbers, and without a warning."""
+    figure, axes = evaluation.panels_of(len(evaluation.PANELS))
+    for axis, panel in zip(axes, evaluation.PANELS.values()):
+        evaluation.draw_lines(axis, {"off": {0: {}}}, panel)
+    evaluation.save(figure, tmp_path / "x.png")
+    assert not recwarn.list
+
+
 def test_seeds_are_pooled_as_quotients_of_means():
     """One without a bottom would otherwise outshout the rest."""
     pairs = {seed: (0.5 + seed / 8, 2.0 + seed) for seed in range(4)} | {9: (-4e-9, 1e-9)}
